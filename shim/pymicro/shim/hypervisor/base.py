@@ -1,0 +1,102 @@
+"""The interface that every VMM backend implements: launch paused, attach the pod's devices, resume.
+
+A VmSpec holds only what every pod of that size shares. Whatever belongs to one pod (its share, vsock, NICs, disks) is
+attached to the paused VM, so that a VM booted from the kernel and one restored from a template differ in one argument.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pymicro.shim.channel.base import Channel
+
+Accel = Literal["kvm", "tcg"]
+
+
+@dataclass(frozen=True, slots=True)
+class VmSpec:
+    """The shape of a VM. Memory in MiB; `accel` is what was proved to work, never "auto"."""
+
+    binary: str
+    kernel: Path
+    image: Path
+    vcpus: int
+    memory_mib: int
+    accel: Accel
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """Origin of a VM that starts its kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a pod's host processes run: their directory, cgroup directories (one per hierarchy) and network namespace."""
+
+    directory: Path
+    cgroups: tuple[Path, ...]
+    netns_fd: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A virtio-fs share: the guest mounts `tag`; `socket` is the listening vhost-user socket of its virtiofsd."""
+
+    tag: str
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Vsock:
+    """The VM's vsock device. Connections that the guest opens to the host are taken with Vm.accept()."""
+
+
+Device = Share | Vsock
+
+
+@dataclass(frozen=True, slots=True)
+class VmExit:
+    """Why a VM is gone: which process ended first, how, and the last lines it (or the console) wrote."""
+
+    process: str
+    status: int
+    last_lines: Sequence[str]
+
+    def __str__(self) -> str:
+        tail = "; its last lines: " + " | ".join(self.last_lines) if self.last_lines else ""
+        how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
+        return f"{self.process} ended with {how}{tail}"
+
+
+class Vm(Protocol):
+    """A running (or still paused) VM."""
+
+    pid: int
+
+    async def attach(self, device: Device) -> None:
+        """Plug `device` in; the guest finds it when it runs. Raises SandboxDied, HostMissing, StepTimeout."""
+
+    async def resume(self) -> None:
+        """Let the guest run. Raises SandboxDied."""
+
+    async def accept(self) -> Channel:
+        """Wait for the next connection that the guest opens to its host port. Raises SandboxDied."""
+
+    async def wait(self) -> VmExit:
+        """Wait until the VMM or one of its helpers is gone."""
+
+    def console(self) -> Sequence[str]:
+        """Return the last lines that the guest wrote to its console."""
+
+
+class Hypervisor(Protocol):
+    """A VMM backend."""
+
+    def launch(self, spec: VmSpec, origin: Boot, place: Place) -> AbstractAsyncContextManager[Vm]:
+        """Start a VMM with `spec`, paused. Leaving the context ends it and frees what it took.
+
+        Raises HostMissing, SandboxDied, StepTimeout.
+        """
