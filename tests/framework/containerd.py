@@ -1,0 +1,265 @@
+"""A private containerd of a chosen version: its own root, state and socket, our shim on its PATH, nothing left afterwards."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.framework import busybox, processes
+from tests.framework.settings import write_settings
+from tests.framework.tools import tool
+
+VERSIONS = ("1.6", "1.7", "2.1")
+NEWEST = VERSIONS[-1]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHIM = "containerd-shim-pymicro-v1"
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 15.0
+
+# The shim's own socket and containerd's `.ttrpc` one must fit into a sockaddr_un (108 bytes).
+LONGEST_DIRECTORY = 70
+
+# Parts that touch the host outside our directories (/opt/containerd, /var/run/nri), or that would only fill the log.
+UNWANTED = (
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.blockfile",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.erofs",
+    "io.containerd.snapshotter.v1.zfs",
+)
+
+
+class ContainerdError(Exception):
+    """containerd did not start or stop; the message carries the end of its log."""
+
+
+class Containerd:
+    """One containerd in `directory`. The directory belongs to it alone and is emptied by `stop`, except for its log.
+
+    A long directory is served from a short link in /run, because socket paths are limited.
+    """
+
+    def __init__(self, version: str, directory: Path) -> None:
+        if version not in VERSIONS:
+            raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
+        self.version = version
+        self.directory = directory.resolve()
+        self.home = self._short_home()
+        self.bin = self.home / "bin"
+        self.log = self.home / "containerd.log"
+        self.address = str(self.home / "containerd.sock")
+        self.settings = self.home / "config.toml"
+
+    def __repr__(self) -> str:
+        return f"<Containerd {self.version} at {self.home}>"
+
+    def _short_home(self) -> Path:
+        if len(str(self.directory)) <= LONGEST_DIRECTORY:
+            return self.directory
+        return Path("/run") / f"pymicro-dev-{hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]}"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What a client's shell needs to find `ctr` and to reach this daemon."""
+        return {"CONTAINERD_ADDRESS": self.address, "CONTAINERD_NAMESPACE": "default"}
+
+    def start(self, *, shim: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+        """Start the daemon, wait until it answers, and load the image `localhost/busybox:latest`.
+
+        Whatever an earlier instance left in the directory is removed first. `shim` replaces the shim of this checkout's
+        Python environment, `environment` adds to the daemon's (and so the shim's). Raises ContainerdError.
+        """
+        self.remove_remains()
+        self._lay_out(shim or REPOSITORY / ".venv/bin" / SHIM)
+        self._spawn(environment or {})
+        self._load_image()
+
+    def stop(self) -> None:
+        """End all tasks, the daemon and everything it started; remove its state. Harmless if it does not run."""
+        if self.responds():
+            self._end_containers()
+        for process in self._daemons():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while self._daemons() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.remove_remains()
+
+    def remove_remains(self) -> None:
+        """Free what a killed or half-started instance left: processes, each bundle's resources, mounts, files."""
+        processes.end_processes_of(self.home)
+        for bundle in sorted(self.home.glob("state/io.containerd.runtime.v2.task/*/*")):
+            self._delete_bundle(bundle)
+        processes.end_processes_of(self.home)
+        processes.unmount_under(self.home)
+        for name in ("root", "state", "bin"):
+            shutil.rmtree(self.home / name, ignore_errors=True)
+        for path in [*self.home.glob("containerd.sock*"), *self.home.glob("*.toml"), self.home / "env"]:
+            path.unlink(missing_ok=True)
+        if self.home != self.directory:
+            self._unlink_home()
+
+    def responds(self) -> bool:
+        """Say whether the daemon answers a client now."""
+        if not Path(self.address).exists():
+            return False
+        return self.ctr("version", check=False, timeout=10).returncode == 0
+
+    def ctr(
+        self, *arguments: str, check: bool = True, timeout: float = 60, input: str | None = None  # noqa: A002 - as in subprocess
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `ctr` against this daemon. Raises CalledProcessError (with `check`) or TimeoutExpired."""
+        environment = {**os.environ, **self.client_environment}
+        return subprocess.run(
+            [str(self.bin / "ctr"), *arguments],
+            env=environment,
+            input=input if input is not None else "",
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=timeout,
+        )
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of the daemon's log, which carries the shims' log lines too."""
+        with suppress(FileNotFoundError):
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "(no log)"
+
+    # -- laying out the directory -------------------------------------------------------------------------------------
+
+    def _lay_out(self, shim: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.home != self.directory:
+            self._link_home()
+        self.bin.mkdir()
+        for program in tool(f"containerd-{self.version}").iterdir():
+            (self.bin / program.name).symlink_to(program.resolve())
+        (self.bin / SHIM).symlink_to(shim)
+        write_settings(self.settings)
+        (self.home / "containerd.toml").write_text(self._configuration())
+
+    def _configuration(self) -> str:
+        unwanted = "".join(f'  "{name}",\n' for name in UNWANTED)
+        return (
+            f"version = {3 if self.version.startswith('2') else 2}\n"
+            f'root = "{self.home}/root"\nstate = "{self.home}/state"\n'
+            f"disabled_plugins = [\n{unwanted}]\n"
+            f'[grpc]\n  address = "{self.address}"\n'
+            '[debug]\n  level = "info"\n'
+        )
+
+    def _link_home(self) -> None:
+        """The short directory holds the data; the long one has links to what people look for."""
+        self.home.mkdir(mode=0o711, exist_ok=True)
+        for name in ("env", "containerd.log", "config.toml"):
+            link = self.directory / name
+            if not link.is_symlink():
+                link.symlink_to(self.home / name)
+
+    def _unlink_home(self) -> None:
+        for name in ("env", "config.toml"):
+            with suppress(FileNotFoundError):
+                (self.directory / name).unlink()
+        if self.log.exists():
+            (self.directory / "containerd.log").unlink(missing_ok=True)
+            shutil.move(self.log, self.directory / "containerd.log")
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    # -- the daemon ---------------------------------------------------------------------------------------------------
+
+    def _spawn(self, environment: Mapping[str, str]) -> None:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("CONTAINERD_")}
+        daemon = {
+            **inherited,
+            "PATH": f"{self.bin}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin",
+            "PYMICRO_CONFIG": str(self.settings),
+            processes.MARK: str(self.home),
+            **environment,
+        }
+        with self.log.open("wb") as log:
+            child = subprocess.Popen(
+                [self.bin / "containerd", "--config", self.home / "containerd.toml"],
+                env=daemon,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.responds():
+            if (status := child.poll()) is not None:
+                raise ContainerdError(f"containerd {self.version} ended with status {status}:\n{self.log_tail(15)}")
+            if time.monotonic() > deadline:
+                raise ContainerdError(
+                    f"containerd {self.version} did not answer at {self.address} in {START_TIMEOUT:.0f} s:\n{self.log_tail(15)}"
+                )
+            time.sleep(0.05)
+
+    def _daemons(self) -> list[processes.Process]:
+        marker = f"--config {self.home}/containerd.toml"
+        return [process for process in processes.processes_of(self.home) if process.command.endswith(marker)]
+
+    def _load_image(self) -> None:
+        archive = self.home / "busybox.tar"
+        busybox.write_archive(archive)
+        self.ctr("images", "import", "--all-platforms", str(archive))
+        archive.unlink()
+
+    # -- ending ---------------------------------------------------------------------------------------------------------
+
+    def _end_containers(self) -> None:
+        for namespace in self._names("namespaces"):
+            for task in self._names("tasks", namespace):
+                self.ctr("-n", namespace, "tasks", "kill", "--all", "-s", "SIGKILL", task, check=False)
+                self.ctr("-n", namespace, "tasks", "rm", "-f", task, check=False)
+            for container in self._names("containers", namespace):
+                self.ctr("-n", namespace, "containers", "rm", container, check=False)
+
+    def _names(self, kind: str, namespace: str = "default") -> list[str]:
+        return self.ctr("-n", namespace, kind, "ls", "-q", check=False).stdout.split()
+
+    def _delete_bundle(self, bundle: Path) -> None:
+        """Do what a restarted containerd would: have the shim free what the dead sandbox of this bundle held."""
+        with suppress(OSError):
+            shim = (bundle / "shim-binary-path").read_text().strip()
+            argv = [shim, "-namespace", bundle.parent.name, "-address", self.address, "-id", bundle.name]
+            environment = {**os.environ, "PATH": f"{self.bin}:{os.environ.get('PATH', '')}", "PYMICRO_CONFIG": str(self.settings)}
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [*argv, "-bundle", bundle, "delete"], cwd=bundle, env=environment, capture_output=True, timeout=10, check=False
+                )
+
+
+@contextmanager
+def claimed_directory(parent: Path) -> Iterator[Path]:
+    """Yield a directory below `parent` that no other process uses now, the same one as last time where possible."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1000):
+        with (parent / f"{number}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield parent / str(number)
+            return
+    raise ContainerdError(f"all directories below {parent} are in use")
+
+
