@@ -1,0 +1,60 @@
+#!/usr/bin/python3
+"""Build the guest image: Debian's Python and crun plus the agent, as one reproducible read-only erofs file.
+
+Two cached layers, so that a change of the agent does not download Debian again:
+`base-<key>` holds the trimmed Debian tree as a tar file, `image-<key>` the finished image and its manifest.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from guestimage import base, cache, image, tools
+from guestimage.tools import BuildError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build pymicro's guest image, or find it in the cache.")
+    parser.add_argument("--update", action="store_true", help="fetch the newest Debian packages even if cached")
+    parser.add_argument("--print-path", action="store_true", help="print the artefact directory on the last line")
+    return parser.parse_args(argv)
+
+
+def build(update: bool) -> Path:
+    """Return the directory that holds image.erofs and manifest.json, building what is missing. Raises BuildError."""
+    root = cache.directory()
+    sources = image.agent_sources(REPOSITORY)
+    versions = tools.versions()
+    base_name = f"base-{base.key(versions)}"
+    if not update:
+        cached = cache.published(root, base_name)
+        image_dir = cached and cache.published(root, f"image-{image.key(sources, versions, cached)}")
+        if image_dir:
+            return image_dir
+    if os.geteuid() != 0:
+        raise BuildError("building the guest image needs root (mmdebstrap, chroot): run it with sudo")
+    with cache.lock(root):
+        cache.sweep(root)
+        base_dir = cache.ensure(root, base_name, lambda into: base.build(into, versions), renew=update)
+        image_name = f"image-{image.key(sources, versions, base_dir)}"
+        return cache.ensure(root, image_name, lambda into: image.build(into, sources, versions, base_dir))
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        directory = build(arguments.update)
+    except BuildError as error:
+        print(f"rootfs: {error}", file=sys.stderr)
+        return 1
+    tools.progress(f"guest image ready: {directory}")
+    if arguments.print_path:
+        print(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
