@@ -1,0 +1,258 @@
+"""Facts about this host, for shim and pymicroctl: what accelerates a VM, which programs, devices and files there are.
+
+Each function looks once and returns frozen data; whatever is missing is a HostMissing that names the remedy.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pymicro.shim.config import Settings
+from pymicro.shim.errors import HostMissing
+from pymicro.shim.tsc import tsc_khz as tsc_khz  # noqa: PLC0414  # one of the facts that this module offers
+
+CPUINFO = "/proc/cpuinfo"
+KVM = "/dev/kvm"
+VHOST_VSOCK = "/dev/vhost-vsock"
+# ioctl numbers and the one API version there ever was: linux/kvm.h
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_CREATE_VM = 0xAE01
+_KVM_API_VERSION = 12
+
+VIRTIOFSD_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
+"""Where distributions put virtiofsd, the Rust one first: Debian 13, Arch, and QEMU 7.2's C one of Debian 12."""
+VHOST_VSOCK_PLACES = ("/usr/libexec/vhost-device-vsock", "/opt/pymicro/bin/vhost-device-vsock")
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """How VMs run here. `why_not_kvm` says why "auto" fell back to emulation, None where it did not."""
+
+    name: Literal["kvm", "tcg"]
+    why_not_kvm: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Virtiofsd:
+    """A virtiofsd program: the words to start it with, and whose command line it understands."""
+
+    command: tuple[str, ...]
+    flavour: Literal["rust", "c"]
+
+
+@dataclass(frozen=True, slots=True)
+class VhostVsock:
+    """What carries a VM's vsock: the program vhost-device-vsock, or the kernel's device where `program` is None."""
+
+    program: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """The guest's kernel and image; both files exist."""
+
+    kernel: Path
+    image: Path
+
+
+def why_not_kvm(cpuinfo: str = CPUINFO, device: str = KVM) -> str | None:
+    """Return why this host cannot run stock kernels under KVM, None where it can.
+
+    A device that opens proves nothing: a pagetable VM (PVM) has a KVM that creates VMs, in which only paravirtualised
+    kernels run; others spin for ever. So the CPU must say that it virtualises.
+    """
+    if not {"vmx", "svm"} & _cpu_flags(cpuinfo):
+        return "the CPU has neither vmx nor svm (switch virtualisation on in the firmware, or nested virtualisation on)"
+    try:
+        kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return f"there is no {device} (load the module: modprobe kvm_intel or kvm_amd)"
+    except OSError as error:
+        return f"cannot open {device}: {error.strerror}"
+    try:
+        return _why_kvm_refuses(kvm, device)
+    finally:
+        os.close(kvm)
+
+
+def _why_kvm_refuses(kvm: int, device: str) -> str | None:
+    import fcntl
+
+    try:
+        if (version := fcntl.ioctl(kvm, _KVM_GET_API_VERSION)) != _KVM_API_VERSION:
+            return f"{device} answers API version {version}, not {_KVM_API_VERSION}"
+        os.close(fcntl.ioctl(kvm, _KVM_CREATE_VM, 0))
+    except OSError as error:
+        return f"{device} creates no VM: {error.strerror}"
+    return None
+
+
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    with suppress(OSError), Path(cpuinfo).open(encoding="ascii", errors="replace") as lines:
+        for line in lines:  # the first CPU's; a big host has megabytes of them
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    return set()
+
+
+def choose_accel(wanted: Literal["auto", "kvm", "tcg"], cpuinfo: str = CPUINFO, device: str = KVM) -> Acceleration:
+    """Return what `vm.accel` comes to on this host. Raises HostMissing where "kvm" is demanded and not to be had."""
+    if wanted == "tcg":
+        return Acceleration("tcg", None)
+    why = why_not_kvm(cpuinfo, device)
+    if why is None:
+        return Acceleration("kvm", None)
+    if wanted == "kvm":
+        raise HostMissing(f'vm.accel = "kvm", but KVM is not usable: {why}; or set vm.accel = "auto" to emulate')
+    return Acceleration("tcg", why)
+
+
+def _executable(path: str) -> bool:
+    return os.access(path, os.X_OK) and Path(path).is_file()
+
+
+def _on_path(name: str) -> str | None:
+    """Find a program like shutil.which, whose import costs more than the search."""
+    for directory in os.get_exec_path():
+        if _executable(candidate := f"{directory}/{name}"):
+            return candidate
+    return None
+
+
+def find_qemu(settings: Settings) -> str:
+    """Return QEMU's absolute path. Raises HostMissing."""
+    qemu = settings.paths.qemu
+    found = qemu if qemu.startswith("/") and _executable(qemu) else _on_path(qemu) if "/" not in qemu else None
+    if found is None:
+        raise HostMissing(f"QEMU is missing: no program {qemu} (paths.qemu); install it: apt install qemu-system-x86")
+    return found
+
+
+def find_virtiofsd(settings: Settings) -> Virtiofsd:
+    """Return the virtiofsd to use, the Rust one where there is a choice. Raises HostMissing."""
+    if path := settings.paths.virtiofsd:
+        if not _executable(path):
+            raise HostMissing(f"there is no program {path} (paths.virtiofsd); correct the path, or drop it to search")
+        return Virtiofsd((path,), _flavour(path))
+    candidates = [path for path in (_on_path("virtiofsd"), *VIRTIOFSD_PLACES) if path and _executable(path)]
+    if not candidates:
+        raise HostMissing(
+            "virtiofsd is missing: not on PATH nor at "
+            + ", ".join(VIRTIOFSD_PLACES)
+            + "; install it: apt install virtiofsd"
+            " (Debian 12: qemu-system-common), or set paths.virtiofsd"
+        )
+    found = [Virtiofsd((path,), _flavour(path)) for path in candidates]
+    return next((each for each in found if each.flavour == "rust"), found[0])
+
+
+def _flavour(path: str) -> Literal["rust", "c"]:
+    """Tell QEMU's C program by where QEMU 7.2 and older install it; asking the program costs a start of it."""
+    return "c" if "/qemu/" in os.path.realpath(path) else "rust"
+
+
+def find_vhost_vsock(settings: Settings, device: str = VHOST_VSOCK) -> VhostVsock:
+    """Return what carries vsock: the program that the settings name, else the kernel, else a program that is found.
+
+    Raises HostMissing.
+    """
+    if path := settings.paths.vhost_device_vsock:
+        if not _executable(path):
+            raise HostMissing(f"there is no program {path} (paths.vhost_device_vsock); correct the path, or drop it")
+        return VhostVsock(path)
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        for program in (_on_path("vhost-device-vsock"), *VHOST_VSOCK_PLACES):
+            if program and _executable(program):
+                return VhostVsock(program)
+        raise HostMissing(
+            f"VMs can have no vsock: cannot open {device} ({error.strerror}) and there is no vhost-device-vsock; load"
+            " the module: modprobe vhost_vsock, or install vhost-device-vsock and set paths.vhost_device_vsock"
+        ) from error
+    return VhostVsock(None)
+
+
+def find_artifacts(settings: Settings) -> Artifacts:
+    """Return the guest's kernel and image. Raises HostMissing that says how to make the one that is not there."""
+    kernel, image = Path(settings.paths.kernel), Path(settings.paths.image)
+    for what, path, key, target in (
+        ("kernel", kernel, "paths.kernel", "make kernel"),
+        ("image", image, "paths.image", "make rootfs"),
+    ):
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise HostMissing(
+                f"the guest {what} {path} ({key}) is missing or cannot be read: build it with `{target}`,"
+                " install everything with `make install`, or correct the path"
+            )
+    return Artifacts(kernel, image)
+
+
+def verify_artifact(path: Path) -> str | None:
+    """Compare a file with the manifest beside it; return what is wrong, None if nothing is (or there is no manifest).
+
+    Reads the whole file: for pymicroctl, and for the shim only after a boot that failed. The manifest is
+    `manifest.json` in the same directory, or `<stem>.manifest.json` where several artefacts share one.
+    """
+    import hashlib
+    import json
+
+    candidates = (path.with_name(f"{path.stem}.manifest.json"), path.with_name("manifest.json"))
+    manifest_path = next((each for each in candidates if each.is_file()), None)
+    if manifest_path is None:
+        return None
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        wanted, name = manifest["sha256"], manifest.get("file", path.name)
+        if name != path.name:
+            return None
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot compare {path} with {manifest_path}: {error!r}"
+    if actual != wanted:
+        is_, should_be = f"{actual[:16]}...", f"{str(wanted)[:16]}..."
+        return f"{path} is corrupt: its sha256 is {is_}, {manifest_path} says {should_be}; build it anew"
+    return None
+
+
+_V1_CONTROLLERS = frozenset(
+    (
+        "blkio",
+        "cpu",
+        "cpuacct",
+        "cpuset",
+        "devices",
+        "freezer",
+        "hugetlb",
+        "memory",
+        "net_cls",
+        "net_prio",
+        "pids",
+        "rdma",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroups:
+    """The host's cgroup mode and where its hierarchies are mounted: controller (v2: "") -> directory."""
+
+    mode: Literal["v1", "v2"]
+    mounts: dict[str, str]
+
+
+def cgroup_mode(mounts: str = "/proc/mounts") -> Cgroups:
+    """Return how cgroups are mounted. "v1" as soon as any v1 controller is (hybrid hosts): that is what tools read."""
+    v1: dict[str, str] = {}
+    v2: dict[str, str] = {}
+    for line in Path(mounts).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        _, point, kind, options, *_ = line.split(" ")
+        if kind == "cgroup2":
+            v2.setdefault("", point)
+        elif kind == "cgroup":
+            names = [word for word in options.split(",") if word in _V1_CONTROLLERS]
+            v1.update(dict.fromkeys(names, point))
+    return Cgroups("v1", v1 | v2) if v1 else Cgroups("v2", v2)
