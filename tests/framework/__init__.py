@@ -1,1 +1,1 @@
-"""What the tests and the developer's `make up` share: a private containerd, its clients, and the proof that nothing is left."""
+"""What the tests and `make up` share: a private containerd, its clients, and the proof that nothing is left."""

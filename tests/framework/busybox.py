@@ -10,7 +10,9 @@ from pathlib import Path
 NAME = "localhost/busybox:latest"
 BUSYBOX = Path("/bin/busybox")
 
-PASSWD = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+PASSWD = (
+    "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+)
 GROUP = "root:x:0:\napp:x:1000:\nstaff:x:50:app\nnobody:x:65534:\n"
 
 # Directories with their modes and owners; the parents come first.

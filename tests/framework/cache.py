@@ -1,4 +1,4 @@
-"""The cache outside the checkout: directories that are built once, whole or not at all, whoever else builds at the same time."""
+"""The cache outside the checkout: directories built once, whole or not at all, by one of many who want them."""
 
 import fcntl
 import os

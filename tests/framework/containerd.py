@@ -1,8 +1,9 @@
-"""A private containerd of a chosen version: its own root, state and socket, our shim on its PATH, nothing left afterwards."""
+"""A private containerd of a chosen version: its own directories and socket, our shim on its PATH, nothing left."""
 
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,8 @@ class Containerd:
     A long directory is served from a short link in /run, because socket paths are limited.
     """
 
-    def __init__(self, version: str, directory: Path) -> None:
+    def __init__(self, version: str, directory: Path, *, run: Path | None = None) -> None:
+        """`run` is where the shim keeps its sandboxes, instead of the default /run/pymicro."""
         if version not in VERSIONS:
             raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
         self.version = version
@@ -64,6 +66,7 @@ class Containerd:
         self.log = self.home / "containerd.log"
         self.address = str(self.home / "containerd.sock")
         self.settings = self.home / "config.toml"
+        self.run = run
 
     def __repr__(self) -> str:
         return f"<Containerd {self.version} at {self.home}>"
@@ -75,8 +78,12 @@ class Containerd:
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What a client's shell needs to find `ctr` and to reach this daemon."""
-        return {"CONTAINERD_ADDRESS": self.address, "CONTAINERD_NAMESPACE": "default"}
+        """What `ctr` and `pymicroctl` need to reach this daemon and its settings."""
+        return {
+            "CONTAINERD_ADDRESS": self.address,
+            "CONTAINERD_NAMESPACE": "default",
+            "PYMICRO_CONFIG": str(self.settings),
+        }
 
     def start(self, *, shim: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
         """Start the daemon, wait until it answers, and load the image `localhost/busybox:latest`.
@@ -106,14 +113,24 @@ class Containerd:
         processes.end_processes_of(self.home)
         for bundle in sorted(self.home.glob("state/io.containerd.runtime.v2.task/*/*")):
             self._delete_bundle(bundle)
+            _unlink_socket(bundle)
         processes.end_processes_of(self.home)
-        processes.unmount_under(self.home)
+        for directory in filter(None, (self.run, self.home)):
+            processes.unmount_under(directory)
+        if self.run:
+            shutil.rmtree(self.run, ignore_errors=True)
         for name in ("root", "state", "bin"):
             shutil.rmtree(self.home / name, ignore_errors=True)
         for path in [*self.home.glob("containerd.sock*"), *self.home.glob("*.toml"), self.home / "env"]:
             path.unlink(missing_ok=True)
         if self.home != self.directory:
             self._unlink_home()
+
+    def write_settings(self, **tables: dict[str, object]) -> None:
+        """Write the shim's settings anew, `tables` over the defaults: `write_settings(timeouts={"hello": 1})`."""
+        if self.run:
+            tables["paths"] = {"run": str(self.run), **tables.get("paths", {})}
+        write_settings(self.settings, **tables)
 
     def responds(self) -> bool:
         """Say whether the daemon answers a client now."""
@@ -122,7 +139,11 @@ class Containerd:
         return self.ctr("version", check=False, timeout=10).returncode == 0
 
     def ctr(
-        self, *arguments: str, check: bool = True, timeout: float = 60, input: str | None = None  # noqa: A002 - as in subprocess
+        self,
+        *arguments: str,
+        check: bool = True,
+        timeout: float = 60,
+        input: str | None = None,  # noqa: A002 - as in subprocess
     ) -> subprocess.CompletedProcess[str]:
         """Run `ctr` against this daemon. Raises CalledProcessError (with `check`) or TimeoutExpired."""
         environment = {**os.environ, **self.client_environment}
@@ -137,7 +158,7 @@ class Containerd:
         )
 
     def log_tail(self, lines: int = 40) -> str:
-        """The end of the daemon's log, which carries the shims' log lines too."""
+        """Return the end of the daemon's log, which carries the shims' log lines too."""
         with suppress(FileNotFoundError):
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         return "(no log)"
@@ -152,7 +173,8 @@ class Containerd:
         for program in tool(f"containerd-{self.version}").iterdir():
             (self.bin / program.name).symlink_to(program.resolve())
         (self.bin / SHIM).symlink_to(shim)
-        write_settings(self.settings)
+        (self.bin / "pymicroctl").symlink_to(REPOSITORY / ".venv/bin/pymicroctl")
+        self.write_settings()
         (self.home / "containerd.toml").write_text(self._configuration())
 
     def _configuration(self) -> str:
@@ -166,7 +188,7 @@ class Containerd:
         )
 
     def _link_home(self) -> None:
-        """The short directory holds the data; the long one has links to what people look for."""
+        """Link what people look for from the long directory into the short one, which holds the data."""
         self.home.mkdir(mode=0o711, exist_ok=True)
         for name in ("env", "containerd.log", "config.toml"):
             link = self.directory / name
@@ -209,7 +231,8 @@ class Containerd:
                 raise ContainerdError(f"containerd {self.version} ended with status {status}:\n{self.log_tail(15)}")
             if time.monotonic() > deadline:
                 raise ContainerdError(
-                    f"containerd {self.version} did not answer at {self.address} in {START_TIMEOUT:.0f} s:\n{self.log_tail(15)}"
+                    f"containerd {self.version} did not answer at {self.address} in {START_TIMEOUT:.0f} s:\n"
+                    + self.log_tail(15)
                 )
             time.sleep(0.05)
 
@@ -223,7 +246,7 @@ class Containerd:
         self.ctr("images", "import", "--all-platforms", str(archive))
         archive.unlink()
 
-    # -- ending ---------------------------------------------------------------------------------------------------------
+    # -- ending -------------------------------------------------------------------------------------------------------
 
     def _end_containers(self) -> None:
         for namespace in self._names("namespaces"):
@@ -241,11 +264,28 @@ class Containerd:
         with suppress(OSError):
             shim = (bundle / "shim-binary-path").read_text().strip()
             argv = [shim, "-namespace", bundle.parent.name, "-address", self.address, "-id", bundle.name]
-            environment = {**os.environ, "PATH": f"{self.bin}:{os.environ.get('PATH', '')}", "PYMICRO_CONFIG": str(self.settings)}
+            environment = {
+                **os.environ,
+                "PATH": f"{self.bin}:{os.environ.get('PATH', '')}",
+                "PYMICRO_CONFIG": str(self.settings),
+            }
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run(
-                    [*argv, "-bundle", bundle, "delete"], cwd=bundle, env=environment, capture_output=True, timeout=10, check=False
+                    [*argv, "-bundle", bundle, "delete"],
+                    cwd=bundle,
+                    env=environment,
+                    capture_output=True,
+                    timeout=10,
+                    check=False,
                 )
+
+
+def _unlink_socket(bundle: Path) -> None:
+    """Remove the socket of a killed shim; containerd wrote its address into the bundle."""
+    for name in ("bootstrap.json", "address"):
+        with suppress(OSError):
+            if found := re.search(r"unix://(/[^\"\s]+)", (bundle / name).read_text()):
+                Path(found[1]).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -261,5 +301,3 @@ def claimed_directory(parent: Path) -> Iterator[Path]:
             yield parent / str(number)
             return
     raise ContainerdError(f"all directories below {parent} are in use")
-
-

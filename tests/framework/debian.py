@@ -14,6 +14,9 @@ from tests.framework.cache import cache_directory, locked
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
+_updated: set[str] = set()
+"""The suites whose package lists this process has fetched."""
+
 
 class ToolError(Exception):
     """A tool could not be had; the message says which one and why."""
@@ -28,7 +31,10 @@ def host_mirror() -> str:
         return chosen
     fields = "$(LABEL) $(REPO_URI)"
     listing = subprocess.run(
-        ["apt-get", "indextargets", "--format", fields, "Created-By: Packages"], capture_output=True, text=True, check=False
+        ["apt-get", "indextargets", "--format", fields, "Created-By: Packages"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout
     lines = [line.split(" ", 1) for line in listing.splitlines()]
     labelled = [uri for label, uri in lines if label == "Debian"]
@@ -49,7 +55,9 @@ class Suite:
         """Download the newest version of each package and unpack it into `into`. Raises ToolError."""
         self._directory.mkdir(exist_ok=True)
         with locked(self._directory / "lock"), tempfile.TemporaryDirectory(dir=into) as scratch:
-            self._apt("update")
+            if self.name not in _updated:
+                self._apt("update")
+                _updated.add(self.name)
             self._apt("download", *packages, cwd=scratch)
             for deb in sorted(Path(scratch).glob("*.deb")):
                 subprocess.run(["dpkg-deb", "-x", deb, into], check=True)

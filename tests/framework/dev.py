@@ -1,6 +1,6 @@
 """`make up`, `make down` and `make run`: a private containerd for trying things out.
 
-    python3 -m tests.framework.dev up|down|run [--containerd VERSION] [--directory DIR] [--runtime NAME]
+python3 -m tests.framework.dev up|down|run [--containerd VERSION] [--directory DIR] [--runtime NAME]
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.framework.busybox import NAME as IMAGE
 from tests.framework.cache import locked
 from tests.framework.containerd import NEWEST, VERSIONS, Containerd, ContainerdError, claimed_directory
-from tests.framework.tools import ToolError
+from tests.framework.debian import ToolError
 
 PYMICRO = "io.containerd.pymicro.v1"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,14 +46,17 @@ def run(containerd: Containerd, runtime: str) -> int:
             "run", "--rm", "--runtime", runtime, IMAGE, "hello", "sh", "-c", script, check=False, timeout=RUN_TIMEOUT
         )
         if done.returncode:
-            print(f"ctr ended with exit code {done.returncode}:\n{done.stderr}\n{containerd.log_tail()}", file=sys.stderr)
+            print(
+                f"ctr ended with exit code {done.returncode}:\n{done.stderr}\n{containerd.log_tail()}", file=sys.stderr
+            )
             return 1
         guest, _, line = done.stdout.strip().partition("\n")
         print(f"host kernel:   {platform.release()}\nguest kernel:  {guest}\nthe container: {line}")
-        return 0
     except subprocess.TimeoutExpired as error:
         print(f"{error}\n{containerd.log_tail()}", file=sys.stderr)
         return 1
+    else:
+        return 0
     finally:
         containerd.stop()
 
@@ -63,7 +66,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev", description="a private containerd with the pymicro shim")
     parser.add_argument("verb", choices=("up", "down", "run"))
     parser.add_argument("--containerd", choices=VERSIONS, default=NEWEST, help="the version (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, default=REPOSITORY / "build/dev", help="its place (default: build/dev)")
+    parser.add_argument(
+        "--directory", type=Path, default=REPOSITORY / "build/dev", help="its place (default: build/dev)"
+    )
     parser.add_argument("--runtime", default=PYMICRO, help="the runtime that `run` uses (default: %(default)s)")
     options = parser.parse_args()
     try:

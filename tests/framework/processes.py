@@ -19,7 +19,7 @@ END_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One line of /proc: enough to recognise a process and to say what it is. `started` is in clock ticks after boot."""
+    """One line of /proc: enough to recognise a process. `started` is in clock ticks after boot."""
 
     pid: int
     parent: int
@@ -77,7 +77,7 @@ def end_processes_of(directory: Path) -> None:
 
 
 def mounts_under(directories: Collection[Path], pid: int | str = "self") -> list[str]:
-    """Return the mount points at or below `directories`, in the order they were mounted, seen from the process `pid`."""
+    """Return the mount points at or below `directories` that the process `pid` sees, the oldest first."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     points = [line.split()[4].encode().decode("unicode_escape") for line in lines]
     return [point for point in points if any(point == str(d) or point.startswith(f"{d}/") for d in directories)]

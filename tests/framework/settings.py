@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.framework.tools import ToolError, tool
+from tests.framework.debian import ToolError
+from tests.framework.tools import tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ def artefact(variable: str, builder: str, name: str) -> Path:
     """Return the path of the kernel or image, built first if the cache lacks it. Raises ToolError."""
     if chosen := os.environ.get(variable):
         return Path(chosen).resolve()
-    argv = ["/usr/bin/python3", REPOSITORY / builder, "--print-path"]
+    argv = ["/usr/bin/python3", str(REPOSITORY / builder), "--print-path"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ToolError(f"{builder} failed with exit code {done.returncode}; its output is above")
@@ -52,10 +53,10 @@ def _assignments(values: dict[str, object]) -> list[str]:
 
 
 def main() -> int:
-    """Print the paths, building what is missing: what `make kernel`, `make rootfs` and `make install` rest on."""
+    """Print the kernel, the image and the directory of each tool, for `make install`; build what is missing."""
     try:
-        for key, value in dev_paths().items():
-            print(f"{key}\t{value}")
+        for path in (artefact(*KERNEL), artefact(*IMAGE), tool("vhost-device-vsock").parent):
+            print(path)
     except ToolError as error:
         print(f"settings: {error}", file=sys.stderr)
         return 1

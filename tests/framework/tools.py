@@ -1,4 +1,4 @@
-"""Programs that the host's own Debian does not have in the wanted version: three containerds, vhost-device-vsock, virtiofsd.
+"""Programs that the host's Debian lacks in the wanted version: three containerds, vhost-device-vsock, virtiofsd.
 
 Each tool is a directory `$CACHE/tools-<name>-<key>` with everything in `bin/`. Run as a program, this module prints the
 directory of each tool named on the command line, fetching it first if need be:
@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.framework.cache import built_once, cache_directory
 from tests.framework.debian import Suite, ToolError
 
-LAYOUT = 1  # raise it when what a tool's directory looks like changes
+LAYOUT = 2  # raise it when what a tool's directory looks like changes
 
 LOADER_LIBRARIES = ("libc6", "libgcc-s1", "libcap-ng0", "libseccomp2")
 
@@ -62,13 +62,13 @@ def tool(name: str) -> Path:
         print(f"fetching {name}", file=sys.stderr, flush=True)
         (directory / "bin").mkdir()
         for part in TOOLS[name]:
-            _fetch(part, directory, target)
+            _fetch(part, directory)
 
     return built_once(target, build) / "bin"
 
 
-def _fetch(part: Part, directory: Path, target: Path) -> None:
-    """Put the programs of `part` into `directory`/bin; `target` is where the directory will be found later."""
+def _fetch(part: Part, directory: Path) -> None:
+    """Put the programs of `part` into `directory`/bin. Raises ToolError."""
     problems: list[str] = []
     for suite in part.suites:
         unpacked = directory / "files" / suite / part.package
@@ -80,30 +80,35 @@ def _fetch(part: Part, directory: Path, target: Path) -> None:
                 _link(directory, unpacked / path)
             return
         if part.package in WITH_LOADER:
-            _wrap(part, suite, unpacked, directory, target)
+            _wrap(part, suite, unpacked, directory)
             return
         problems += broken
         shutil.rmtree(unpacked)
-    raise ToolError(f"{part.package} of Debian {', '.join(part.suites)} does not run on this host:\n" + "\n".join(problems))
+    raise ToolError(
+        f"{part.package} of Debian {', '.join(part.suites)} does not run on this host:\n" + "\n".join(problems)
+    )
 
 
 def _link(directory: Path, program: Path) -> None:
     (directory / "bin" / program.name).symlink_to(os.path.relpath(program, directory / "bin"))
 
 
-def _wrap(part: Part, suite: str, unpacked: Path, directory: Path, target: Path) -> None:
+def _wrap(part: Part, suite: str, unpacked: Path, directory: Path) -> None:
     """Run the programs through their own suite's loader and libraries. Raises ToolError where that fails too."""
     Suite(suite).unpack(list(LOADER_LIBRARIES), unpacked)
     libraries = unpacked / "usr/lib/x86_64-linux-gnu"
     loader = libraries / "ld-linux-x86-64.so.2"
     for path, argument in part.programs:
         if problem := _problem([loader, "--library-path", libraries, unpacked / path, argument]):
-            raise ToolError(f"{part.package} of Debian {suite} does not run on this host, even by its own loader:\n{problem}")
-        final = target / libraries.relative_to(directory)
-        program = target / (unpacked / path).relative_to(directory)
+            raise ToolError(
+                f"{part.package} of Debian {suite} does not run on this host, even by its own loader:\n{problem}"
+            )
         script = directory / "bin" / Path(path).name
+        libs, program = libraries.relative_to(directory), (unpacked / path).relative_to(directory)
         script.write_text(
-            f"#!/bin/sh\nexec {final / loader.name} --library-path {final} --argv0 {program.name} {program} \"$@\"\n"
+            '#!/bin/sh\nhere=$(dirname "$(readlink -f "$0")")/..\n'
+            f'exec "$here/{libs}/{loader.name}" --library-path "$here/{libs}" --argv0 {script.name} '
+            f'"$here/{program}" "$@"\n'
         )
         script.chmod(0o755)
 

@@ -1,0 +1,112 @@
+# pymicro: everything is done from here; `make help` lists the targets.
+#
+# What a target needs (Debian packages, a Python environment, kernel and guest image, tools) is made first, once:
+# stamps under build/ remember it, and what takes long is cached outside the checkout (PYMICRO_CACHE, by default
+# ~/.cache/pymicro) under a key made of its inputs, so a second checkout builds nothing.
+
+# -- what can be chosen on the command line ----------------------------------------------------------------------------
+PYTHON     ?= /usr/bin/python3
+CONTAINERD ?= 2.1
+DEV        ?= build/dev
+PREFIX     ?= /opt/pymicro
+DESTDIR    ?=
+TESTS      ?=
+PYTEST     ?=
+
+# -- names used below --------------------------------------------------------------------------------------------------
+# Root is needed for apt and for containers. Another user's sudo keeps that user's cache.
+SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYMICRO_CACHE,XDG_CACHE_HOME,PYMICRO_DEBIAN_MIRROR HOME=$(HOME))
+VENV   := .venv/bin
+HOST   := $(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(PYTHON)
+STAMPS := build/stamps
+
+# Debian 12 has virtiofsd in a package of QEMU, later ones in a package of its own.
+DEBIAN   := $(shell . /etc/os-release && echo $$VERSION_ID)
+PACKAGES := \
+  bc bison busybox-static ca-certificates debian-archive-keyring erofs-utils flex gcc iproute2 libc6-dev libelf-dev \
+  linux-source-6.12 make mmdebstrap python3 python3-venv qemu-system-x86 xz-utils \
+  $(if $(filter-out 12,$(DEBIAN)),virtiofsd)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test check unit integration e2e bench kernel rootfs protos install uninstall up down clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# -- trying it out -----------------------------------------------------------------------------------------------------
+run: ready ## set everything up, run one container in its own VM, and say which kernels host and container have
+	@$(HOST) -m tests.framework.dev run --containerd $(CONTAINERD)
+
+up: ready ## start a private containerd in the background (CONTAINERD=1.6|1.7|2.1), to be used after `. build/dev/env`
+	@$(HOST) -m tests.framework.dev up --containerd $(CONTAINERD) --directory $(DEV)
+
+down: ## stop it; nothing stays running or mounted
+	@$(HOST) -m tests.framework.dev down --directory $(DEV)
+
+# -- testing -----------------------------------------------------------------------------------------------------------
+test: ready check ## run all checks and all tests except the slow ones (PYTEST="-k word" chooses)
+	$(SUDO) $(VENV)/pytest -m "not slow" tests/unit tests/conformance tests/integration tests/e2e $(PYTEST)
+
+check: $(STAMPS)/venv ## lint, formatting, types, import rules, generated code
+	$(VENV)/ruff check
+	$(VENV)/ruff format --check
+	$(VENV)/mypy
+	$(VENV)/lint-imports
+	$(VENV)/python protos/generate.py --check
+
+unit: $(STAMPS)/venv ## run the tests that need neither root nor other programs
+	$(VENV)/pytest tests/unit tests/conformance $(PYTEST)
+
+integration: ready ## run the tests of the pieces against real QEMU, virtiofsd and containerd
+	$(SUDO) $(VENV)/pytest -m "not slow" tests/integration $(PYTEST)
+
+e2e: ready ## run the tests that start containers through a real containerd
+	$(SUDO) $(VENV)/pytest -m "not slow" tests/e2e $(PYTEST)
+
+bench: ready ## measure start, exec, memory and throughput against runc and the bare QEMU
+	$(SUDO) $(VENV)/python -m tests.bench
+
+# -- building ----------------------------------------------------------------------------------------------------------
+kernel: $(STAMPS)/packages ## build the guest kernel, or find it in the cache (KERNEL_SOURCE=dir builds that tree)
+	@$(PYTHON) kernel-config/build.py --print-path
+
+rootfs: $(STAMPS)/packages ## build the guest image, or find it in the cache
+	@$(SUDO) $(PYTHON) rootfs-builder/build.py --print-path
+
+protos: $(STAMPS)/venv ## generate the protobuf code anew
+	$(VENV)/python protos/generate.py
+
+install: ready ## install under /opt/pymicro (PREFIX, DESTDIR), the shim linked from /usr/local/bin
+	@$(SUDO) env PYTHONPATH=shim $(PYTHON) -m pymicro.ctl.install install --prefix $(PREFIX) --destdir "$(DESTDIR)" \
+	  $$($(HOST) -m tests.framework.settings)
+
+uninstall: ## remove it; the settings file stays unless PURGE=1
+	@$(SUDO) env PYTHONPATH=shim $(PYTHON) -m pymicro.ctl.install uninstall --prefix $(PREFIX) --destdir "$(DESTDIR)" \
+	  $(if $(PURGE),--purge)
+
+clean: down ## remove what was built here; the cache outside the checkout stays
+	$(SUDO) rm -rf build .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find agent protos shim tests -name __pycache__ -prune -exec rm -rf {} +
+
+# -- what the targets rest on ------------------------------------------------------------------------------------------
+.PHONY: ready
+ready: $(STAMPS)/packages $(STAMPS)/venv
+	@$(HOST) -m tests.framework.settings >/dev/null
+
+# Only missing packages are installed. Nothing is asked; apt's progress is shown.
+$(STAMPS)/packages: Makefile
+	@mkdir -p $(STAMPS)
+	@missing=$$(for name in $(PACKAGES); do \
+	  dpkg-query -W -f '$${db:Status-Status}' $$name 2>/dev/null | grep -qx installed || echo $$name; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing Debian packages:" $$missing; \
+	  $(SUDO) apt-get update && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing </dev/null; \
+	fi
+	@touch $@
+
+$(STAMPS)/venv: pyproject.toml $(STAMPS)/packages
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
