@@ -1,0 +1,1 @@
+"""Generated protobuf classes of the interfaces that containerd publishes; protos/generate.py writes them."""
