@@ -3,6 +3,7 @@
 Each function looks once and returns frozen data; whatever is missing is a HostMissing that names the remedy.
 """
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from typing import Literal
 from pymicro.shim.config import Settings
 from pymicro.shim.errors import HostMissing
 from pymicro.shim.tsc import tsc_khz as tsc_khz  # noqa: PLC0414  # one of the facts that this module offers
+
+logger = logging.getLogger(__name__)
+
+Accel = Literal["kvm", "tcg"]
 
 CPUINFO = "/proc/cpuinfo"
 KVM = "/dev/kvm"
@@ -27,14 +32,6 @@ VHOST_VSOCK_PLACES = ("/usr/libexec/vhost-device-vsock", "/opt/pymicro/bin/vhost
 
 
 @dataclass(frozen=True, slots=True)
-class Acceleration:
-    """How VMs run here. `why_not_kvm` says why "auto" fell back to emulation, None where it did not."""
-
-    name: Literal["kvm", "tcg"]
-    why_not_kvm: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Virtiofsd:
     """A virtiofsd program: the words to start it with, and whose command line it understands."""
 
@@ -47,14 +44,6 @@ class VhostVsock:
     """What carries a VM's vsock: the program vhost-device-vsock, or the kernel's device where `program` is None."""
 
     program: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Artifacts:
-    """The guest's kernel and image; both files exist."""
-
-    kernel: Path
-    image: Path
 
 
 def why_not_kvm(cpuinfo: str = CPUINFO, device: str = KVM) -> str | None:
@@ -97,16 +86,20 @@ def _cpu_flags(cpuinfo: str) -> set[str]:
     return set()
 
 
-def choose_accel(wanted: Literal["auto", "kvm", "tcg"], cpuinfo: str = CPUINFO, device: str = KVM) -> Acceleration:
-    """Return what `vm.accel` comes to on this host. Raises HostMissing where "kvm" is demanded and not to be had."""
+def choose_accel(wanted: Literal["auto", "kvm", "tcg"], cpuinfo: str = CPUINFO, device: str = KVM) -> Accel:
+    """Return what `vm.accel` comes to on this host; a fall-back to emulation is logged as a warning.
+
+    Raises HostMissing where "kvm" is demanded and not to be had.
+    """
     if wanted == "tcg":
-        return Acceleration("tcg", None)
+        return "tcg"
     why = why_not_kvm(cpuinfo, device)
     if why is None:
-        return Acceleration("kvm", None)
+        return "kvm"
     if wanted == "kvm":
         raise HostMissing(f'vm.accel = "kvm", but KVM is not usable: {why}; or set vm.accel = "auto" to emulate')
-    return Acceleration("tcg", why)
+    logger.warning('KVM is not usable: %s; the VM is emulated, and slow. vm.accel = "tcg" silences this warning', why)
+    return "tcg"
 
 
 def _executable(path: str) -> bool:
@@ -175,7 +168,7 @@ def find_vhost_vsock(settings: Settings, device: str = VHOST_VSOCK) -> VhostVsoc
     return VhostVsock(None)
 
 
-def find_artifacts(settings: Settings) -> Artifacts:
+def guest_files(settings: Settings) -> tuple[Path, Path]:
     """Return the guest's kernel and image. Raises HostMissing that says how to make the one that is not there."""
     kernel, image = Path(settings.paths.kernel), Path(settings.paths.image)
     for what, path, key, target in (
@@ -187,7 +180,7 @@ def find_artifacts(settings: Settings) -> Artifacts:
                 f"the guest {what} {path} ({key}) is missing or cannot be read: build it with `{target}`,"
                 " install everything with `make install`, or correct the path"
             )
-    return Artifacts(kernel, image)
+    return kernel, image
 
 
 def verify_artifact(path: Path) -> str | None:
