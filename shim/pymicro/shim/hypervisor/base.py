@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pymicro.shim.channel.base import Channel
+from pymicro.shim.spawn import Place
 
 Accel = Literal["kvm", "tcg"]
 
@@ -30,15 +31,6 @@ class VmSpec:
 @dataclass(frozen=True, slots=True)
 class Boot:
     """Origin of a VM that starts its kernel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a pod's host processes run: their directory, cgroup directories (one per hierarchy) and network namespace."""
-
-    directory: Path
-    cgroups: tuple[Path, ...]
-    netns_fd: int | None
 
 
 @dataclass(frozen=True, slots=True)

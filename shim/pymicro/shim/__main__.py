@@ -1,0 +1,40 @@
+"""The shim's entry point: from containerd's command line to one function, importing only what that function needs."""
+
+import os
+import sys
+import time
+
+
+def main() -> int:
+    """Run one action of the shim v2 command line; return the exit status. Errors go to stderr, which containerd shows."""
+    begun_ns = time.monotonic_ns()
+    from pymicro.shim.arguments import Arguments
+
+    try:
+        arguments = Arguments(sys.argv[1:])
+        if arguments.version or arguments.help:
+            from pymicro.shim.info import print_version
+
+            print_version()
+        elif arguments.info:
+            from pymicro.shim.info import print_info
+
+            print_info()
+        elif arguments.action == "start":
+            from pymicro.shim.start import start
+
+            start(arguments, begun_ns)
+        elif arguments.action == "delete":
+            from pymicro.shim.delete import delete
+
+            delete(arguments)
+        else:
+            raise ValueError(f"unknown action {arguments.action!r}; a shim is started by containerd: start, delete, -info or -v")
+    except (OSError, ValueError, RuntimeError) as error:
+        os.write(2, f"pymicro: {error}\n".encode())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

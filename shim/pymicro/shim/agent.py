@@ -1,0 +1,109 @@
+"""The shim's side of the control connection: requests with replies, events handed to one listener."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.errors import (
+    AlreadyExists,
+    GuestError,
+    InvalidRequest,
+    NotFound,
+    SandboxDied,
+    ShimError,
+    StepTimeout,
+    WrongState,
+)
+from pymicro.wire import frames, messages
+
+logger = logging.getLogger(__name__)
+
+ERRORS: dict[str, type[ShimError]] = {
+    messages.NOT_FOUND: NotFound,
+    messages.ALREADY_EXISTS: AlreadyExists,
+    messages.INVALID: InvalidRequest,
+    messages.WRONG_STATE: WrongState,
+}
+"""What the agent's error kinds become; any other kind is a GuestError."""
+
+
+class AgentClient:
+    """Talks to one agent. When the connection ends every pending call raises SandboxDied: nobody waits for ever."""
+
+    def __init__(self, channel: Channel, on_event: Callable[[dict[str, Any]], None], timeout: float) -> None:
+        """Take a control connection whose hello has been read; `timeout` (seconds) bounds each call."""
+        self._channel = channel
+        self._on_event = on_event
+        self._timeout = timeout
+        self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._last_id = 0
+        self._ended: SandboxDied | None = None
+        self._write_lock = asyncio.Lock()
+        self._reader = asyncio.create_task(self._read(), name="agent-reader")
+
+    def __repr__(self) -> str:
+        return f"<AgentClient pending={len(self._pending)} {'ended' if self._ended else 'connected'}>"
+
+    async def call(self, method: str, params: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
+        """Return the agent's result for `method` (wire.messages gives the shapes).
+
+        Raises SandboxDied when the connection ends, StepTimeout, or what the agent's error kind stands for.
+        """
+        if self._ended:
+            raise self._ended
+        self._last_id += 1
+        call_id = self._last_id
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._pending[call_id] = future
+        limit = timeout or self._timeout
+        try:
+            async with asyncio.timeout(limit):
+                async with self._write_lock:
+                    await self._channel.write(frames.encode({"id": call_id, "method": method, "params": params}))
+                return await future
+        except TimeoutError:
+            raise StepTimeout(f"the guest did not answer {method!r} in {limit:g} s (timeouts.request)") from None
+        except OSError as error:
+            raise SandboxDied(f"the connection to the guest's agent broke at {method!r}: {error}") from error
+        finally:
+            self._pending.pop(call_id, None)
+
+    async def wait_closed(self) -> None:
+        """Return when the connection has ended."""
+        await asyncio.shield(self._reader)
+
+    async def close(self) -> None:
+        """End the connection; pending calls raise SandboxDied. Idempotent."""
+        self._reader.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._reader
+
+    async def _read(self) -> None:
+        reason = "the guest's agent closed its control connection"
+        try:
+            while True:
+                self._take(await self._channel.read_message())
+        except (OSError, frames.FrameError) as error:
+            reason = f"{reason}: {error}"
+        finally:
+            self._ended = SandboxDied(reason)
+            self._channel.close()
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_exception(self._ended)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self._on_event(message)
+            return
+        future = self._pending.get(message.get("id", 0))
+        if future is None or future.done():
+            logger.debug("the agent answered a call that nobody waits for any more: %s", message.get("id"))
+        elif "error" in message:
+            error = message["error"]
+            future.set_exception(ERRORS.get(error["kind"], GuestError)(error["message"]))
+        else:
+            future.set_result(message["result"])

@@ -1,0 +1,221 @@
+"""Bringing a pod's VM up: one path, launch paused, attach, resume, hello, on one exit stack."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pymicro.shim import cgroup, host, rootfs
+from pymicro.shim.bundle import Bundle
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.config import Settings, vm_size
+from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
+from pymicro.shim.hypervisor import registry, virtiofsd
+from pymicro.shim.hypervisor.base import Boot, Share, Vm, VmExit, VmSpec, Vsock
+from pymicro.shim.netns import pod_netns
+from pymicro.shim.spawn import Place, Process
+from pymicro.shim.timeline import Timeline
+from pymicro.wire import frames, messages
+
+logger = logging.getLogger(__name__)
+
+_GREETING_LIMIT = 5.0
+"""Seconds in which a connection from the guest must say what it is."""
+
+
+class Note(Protocol):
+    """Records facts in the run directory before they are true."""
+
+    def __call__(self, **facts: Any) -> None: ...  # JSON of any kind
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """A VM whose agent has said hello."""
+
+    vm: Vm
+    share: Process
+    control: Channel
+
+    async def gone(self) -> VmExit:
+        """Return when the VMM or a helper has ended: which and how."""
+        waits = [asyncio.create_task(self.vm.wait()), asyncio.create_task(self._share_gone())]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return next(iter(done)).result()
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _share_gone(self) -> VmExit:
+        return VmExit(self.share.name, await self.share.wait(), self.share.last_lines[-10:])
+
+
+@contextmanager
+def pod_place(directory: str, sandbox_id: str, bundle: Bundle, note: Note) -> Iterator[Place]:
+    """Make the network namespace and the cgroup that the pod's helpers run in. Raises InvalidRequest, OSError.
+
+    The helpers' cgroup lies beside the container's, not in it: the container's limits are the guest's business and must
+    not starve the VMM. In Kubernetes both lie in the pod's cgroup.
+    """
+    own = cgroup.relative_path(bundle.cgroups_path, f"pymicro/{sandbox_id}")
+    groups = cgroup.directories(os.path.join(os.path.dirname(own), f"pymicro-{sandbox_id}"))
+    note(cgroups=list(groups))
+    with pod_netns(bundle.netns_path) as netns_fd:
+        try:
+            cgroup.create(groups)
+            yield Place(Path(directory), groups, netns_fd)
+        finally:
+            cgroup.kill(groups)
+            cgroup.remove(groups)
+
+
+@asynccontextmanager
+async def boot(
+    place: Place, bundle: Bundle, settings: Settings, take_stream: Callable[[object, Channel], None], note: Note, timeline: Timeline
+) -> AsyncIterator[Booted]:
+    """Start the pod's VM and wait for its agent's hello. Leaving the context ends the VM and its helpers.
+
+    Raises HostMissing, InvalidSettings, SandboxDied, StepTimeout, each with the cause and what to do.
+    """
+    begun = time.monotonic_ns()
+    spec = vm_spec(bundle, settings)
+    note(vcpus=spec.vcpus, memory_mib=spec.memory_mib, accel=spec.accel)
+    share_directory = place.directory / "share"
+    share_directory.mkdir(exist_ok=True)
+    rootfs.make_share(str(share_directory))
+    async with AsyncExitStack() as stack:
+        fs_socket = place.directory / "fs.sock"
+        program = host.find_virtiofsd(settings)
+        share = await stack.enter_async_context(virtiofsd.serve(program, share_directory, fs_socket, place))
+        try:
+            vm = await stack.enter_async_context(registry.hypervisor(settings).launch(spec, Boot(), place))
+            note(vmm_pid=vm.pid)
+            await vm.attach(Vsock())
+            await vm.attach(Share(messages.SHARE_TAG, fs_socket))
+            await vm.resume()
+            running = timeline.span("vmm", begun)
+            greeter = Greeter(vm, take_stream)
+            stack.push_async_callback(greeter.close)
+            control, hello = await greeter.control(settings.timeouts.hello)
+        except (SandboxDied, StepTimeout) as error:
+            raise _diagnosed(error, spec) from error
+        said = time.monotonic_ns()
+        _record_guest(timeline, running, said, hello)
+        yield Booted(vm, share, control)
+
+
+def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
+    """Return the VM that this pod wants of this host. Raises HostMissing, InvalidSettings."""
+    size = vm_size(settings, bundle.resources, bundle.annotations)
+    files = host.find_artifacts(settings)
+    accel = host.choose_accel(settings.vm.accel)
+    if accel.why_not_kvm and settings.vm.accel == "auto":
+        logger.warning("no KVM, software emulation instead (many times slower): %s", accel.why_not_kvm)
+    return VmSpec(
+        binary=host.find_qemu(settings),
+        kernel=files.kernel,
+        image=files.image,
+        vcpus=size.vcpus,
+        memory_mib=size.memory_mib,
+        accel=accel.name,
+    )
+
+
+class Greeter:
+    """Takes the connections that the guest opens: exactly one control connection, and streams that know a token."""
+
+    def __init__(self, vm: Vm, take_stream: Callable[[object, Channel], None]) -> None:
+        self._vm = vm
+        self._take_stream = take_stream
+        self._control: asyncio.Future[tuple[Channel, dict[str, Any]]] = asyncio.get_running_loop().create_future()
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._accepting = asyncio.create_task(self._accept(), name="greeter")
+
+    async def control(self, limit: float) -> tuple[Channel, dict[str, Any]]:
+        """Return the control connection and its hello. Raises SandboxDied, StepTimeout after `limit` seconds."""
+        try:
+            async with asyncio.timeout(limit):
+                return await asyncio.shield(self._control)
+        except TimeoutError:
+            raise StepTimeout(
+                f"the guest said no hello in {limit:g} s (timeouts.hello); {_console(self._vm.console())}"
+            ) from None
+
+    async def close(self) -> None:
+        """Take no more connections."""
+        for task in (self._accepting, *self._greetings):
+            task.cancel()
+        await asyncio.wait([self._accepting])
+        if not self._control.done():
+            self._control.cancel()
+
+    async def _accept(self) -> None:
+        try:
+            while True:
+                channel = await self._vm.accept()
+                greeting = asyncio.create_task(self._greet(channel))
+                self._greetings.add(greeting)
+                greeting.add_done_callback(self._greetings.discard)
+        except SandboxDied as error:
+            if not self._control.done():
+                self._control.set_exception(SandboxDied(f"{error}; {_console(self._vm.console())}"))
+
+    async def _greet(self, channel: Channel) -> None:
+        try:
+            async with asyncio.timeout(_GREETING_LIMIT):
+                hello = await channel.read_message()
+        except (OSError, frames.FrameError, TimeoutError) as error:
+            logger.warning("a connection from the guest said nothing sensible: %s", error)
+            channel.close()
+            return
+        if hello.get("hello") == "stream":
+            self._take_stream(hello.get("token"), channel)
+        elif hello.get("hello") == "control" and not self._control.done():
+            if hello.get("version") == messages.PROTOCOL_VERSION:
+                self._control.set_result((channel, hello))
+            else:
+                channel.close()
+                self._control.set_exception(
+                    SandboxDied(
+                        f"the guest image's agent speaks protocol {hello.get('version')}, this shim {messages.PROTOCOL_VERSION}; "
+                        "rebuild the image (`make rootfs`) and install both together"
+                    )
+                )
+        else:
+            logger.warning("a second control connection from the guest was refused")
+            channel.close()
+
+
+def setup_message(hostname: str) -> dict[str, Any]:
+    """Return the agent's `setup` parameters: what makes this VM unlike any other, taken now."""
+    return {
+        "time_ns": time.time_ns(),
+        "entropy": os.urandom(64).hex(),
+        "hostname": hostname,
+        "machine_id": os.urandom(16).hex(),
+    }
+
+
+def _record_guest(timeline: Timeline, running: int, said: int, hello: dict[str, Any]) -> None:
+    """Split the time from resume to hello into the kernel's and the agent's, as the guest measured them."""
+    timeline.span("guest", running, said)
+    boot_ms, agent_ms = hello.get("boot_ms"), hello.get("agent_ms")
+    if isinstance(boot_ms, int) and isinstance(agent_ms, int):
+        timeline.record("guest_kernel", boot_ms)
+        timeline.record("guest_agent", agent_ms - boot_ms)
+
+
+def _console(lines: Sequence[str]) -> str:
+    return "the console's last lines: " + (" | ".join(lines[-8:]) if lines else "none")
+
+
+def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:
+    """Return `error` with what is wrong with the kernel or image, if anything is: checked only once a boot has failed."""
+    findings = [finding for path in (spec.kernel, spec.image) if (finding := host.verify_artifact(path))]
+    return type(error)("; ".join([*findings, str(error)])) if findings else error

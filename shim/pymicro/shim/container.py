@@ -1,0 +1,223 @@
+"""A container: its init process, its execs, and what the host holds for it (mounts, cgroup, anchor, stdio)."""
+
+import logging
+import signal
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pymicro.shim.agent import AgentClient
+from pymicro.shim.anchor import Anchor
+from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, StepTimeout, WrongState
+from pymicro.shim.events import Publisher
+from pymicro.shim.process import KILLED, Process, Status
+from pymicro.shim.requests import Deleted, ExecProcess, ProcessInfo
+from pymicro.shim.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+IO_LIMIT = 10.0
+"""Seconds that Delete waits for outputs to end: a background child may hold a pipe for ever (shim contract, Delete)."""
+
+
+class Pod(Protocol):
+    """What a container needs of the sandbox it lives in."""
+
+    streams: Streams
+    events: Publisher
+    drain_limit: float
+
+    async def agent(self) -> AgentClient: ...  # raises why the sandbox could not start, or SandboxDied
+    async def open_stdio(self, process: Process) -> dict[str, str | None]: ...
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None: ...
+
+
+@dataclass
+class Container:
+    """One container. Operations that clients may call at the same time are safe against each other."""
+
+    id: str
+    bundle: str
+    init: Process
+    pod: Pod
+    resources: AsyncExitStack
+    anchor: Anchor = field(init=False)
+    execs: dict[str, Process] = field(default_factory=dict)
+    _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        """All processes, the init last: that is the order in which exits are reported."""
+        return (*self.execs.values(), self.init)
+
+    def process(self, exec_id: str) -> Process:
+        """Return the init for "", else the exec. Raises NotFound."""
+        if not exec_id:
+            return self.init
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            raise NotFound(f"container {self.id!r} has no exec {exec_id!r}") from None
+
+    async def start(self, exec_id: str) -> int:
+        """Start the init or an added exec and return its pid. Raises WrongState, NotFound, GuestError, SandboxDied."""
+        process = self.process(exec_id)
+        process.require(Status.CREATED)
+        if not process.start_gate.is_set():
+            raise WrongState(f"{process!r} is being started")
+        process.start_gate.clear()
+        try:
+            await (self._start_exec(process) if exec_id else self._start_init())
+        finally:
+            process.start_gate.set()
+        return process.pid
+
+    async def _start_init(self) -> None:
+        await (await self.pod.agent()).call("start", {"container": self.id})
+        self.init.started(self.anchor.pid)
+        self.pod.events.started(self.id, self.init.pid)
+
+    async def _start_exec(self, process: Process) -> None:
+        self.init.require(Status.RUNNING)
+        agent = await self.pod.agent()
+        tokens = await self.pod.open_stdio(process)
+        try:
+            reply = await agent.call(
+                "exec",
+                {
+                    "container": self.id,
+                    "exec": process.exec_id,
+                    "process": self._exec_specs[process.exec_id],
+                    "terminal": process.paths.terminal,
+                    "streams": tokens,
+                },
+            )
+        except BaseException:
+            await process.close(self.pod.streams, 0)
+            process.failed_to_start()
+            raise
+        process.started(reply["pid"])
+        self.pod.events.exec_started(self.id, process.exec_id, process.pid)
+
+    def add_exec(self, request: ExecProcess) -> None:
+        """Register an exec, to be started later. Raises AlreadyExists, WrongState."""
+        if request.exec_id in self.execs:
+            raise AlreadyExists(f"container {self.id!r} has an exec {request.exec_id!r} already")
+        self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
+        self.execs[request.exec_id] = Process(self.id, request.exec_id, request.stdio)
+        self._exec_specs[request.exec_id] = request.spec
+        self.pod.events.exec_added(self.id, request.exec_id)
+
+    async def exited(self, event: dict[str, Any]) -> None:
+        """Take the agent's exit event: output first, then TaskExit, then the waiters."""
+        process = self.process(event["exec"] or "")
+        await process.drain(event, self.pod.drain_limit)
+        if event["oom"]:
+            self.pod.events.out_of_memory(self.id)
+        if process is self.init:
+            for other in self.execs.values():
+                await self._report_exit(other, KILLED)
+        await self._report_exit(process, event["status"])
+
+    async def lost(self) -> None:
+        """The VM is gone, and every process of the container with it."""
+        for process in self.processes:
+            await self._report_exit(process, KILLED)
+
+    async def _report_exit(self, process: Process, status: int) -> None:
+        await process.start_gate.wait()
+        if process.status is Status.STOPPED:
+            return
+        if process.exec_id and process.status is Status.CREATED:
+            process.failed_to_start()
+            return
+        if process is self.init:
+            self.anchor.end()
+        process.ended(status)
+        assert process.exit is not None
+        self.pod.events.exited(self.id, process.exec_id, process.pid or self.anchor.pid, process.exit)
+
+    async def kill(self, exec_id: str, number: int, *, everything: bool) -> None:
+        """Send a signal. Raises NotFound when the process has exited, WrongState for an unstarted exec."""
+        process = self.process(exec_id)
+        if process.status is Status.STOPPED:
+            raise NotFound(f"process already finished: {process!r}")
+        if exec_id:
+            process.require(Status.RUNNING)
+        params = {**process.guest_id, "signal": number, "all": everything}
+        await (await self.pod.agent()).call("signal", params)
+
+    async def pause(self) -> None:
+        """Freeze every process. Raises WrongState."""
+        self.init.require(Status.RUNNING)
+        await (await self.pod.agent()).call("pause", {"container": self.id})
+        self.init.status = Status.PAUSED
+        self.pod.events.paused(self.id)
+
+    async def resume(self) -> None:
+        """Thaw every process. Raises WrongState."""
+        self.init.require(Status.PAUSED)
+        await (await self.pod.agent()).call("resume", {"container": self.id})
+        self.init.status = Status.RUNNING
+        self.pod.events.resumed(self.id)
+
+    async def pids(self) -> list[ProcessInfo]:
+        """Return all processes: the init by its anchor's pid, others by their pid in the guest."""
+        if self.init.status is Status.STOPPED:
+            return []
+        reply = await (await self.pod.agent()).call("pids", {"container": self.id})
+        execs = {pid: exec_id for exec_id, pid in reply["execs"].items()}
+        others = [ProcessInfo(pid, execs.get(pid, "")) for pid in reply["pids"] if pid != reply["init"]]
+        return [ProcessInfo(self.anchor.pid), *others]
+
+    async def resize(self, exec_id: str, width: int, height: int) -> None:
+        """Set a terminal's size; without a terminal nothing happens. Raises WrongState for a stopped process."""
+        process = self.process(exec_id)
+        process.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
+        if process.paths.terminal and (process is self.init or process.status is Status.RUNNING):
+            await (await self.pod.agent()).call("resize", {**process.guest_id, "width": width, "height": height})
+
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Apply new limits. Raises WrongState for a stopped container."""
+        self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
+        await (await self.pod.agent()).call("update", {"container": self.id, "resources": resources})
+
+    async def stats(self) -> dict[str, str]:
+        """Return the texts of the container's cgroup files in the guest, by name."""
+        reply = await (await self.pod.agent()).call("stats", {"container": self.id})
+        return dict(reply["files"])
+
+    async def delete_exec(self, exec_id: str) -> Deleted:
+        """Forget a stopped or never started exec. Raises WrongState while it runs."""
+        process = self.process(exec_id)
+        process.require(Status.STOPPED, Status.CREATED)
+        started = process.pid != 0
+        await process.close(self.pod.streams, IO_LIMIT if started else 0)
+        if started:
+            with suppress(SandboxDied, NotFound, StepTimeout):
+                await (await self.pod.agent()).call("delete", {"container": self.id, "exec": exec_id})
+        process.ended(0)
+        self.execs.pop(exec_id, None)
+        self._exec_specs.pop(exec_id, None)
+        return Deleted(process.pid, process.exit if started else None)
+
+    async def delete(self) -> Deleted:
+        """Free everything the container has. Raises WrongState while it runs."""
+        self.init.require(Status.STOPPED, Status.CREATED)
+        created = self.init.status is Status.CREATED
+        for exec_id in list(self.execs):
+            with suppress(NotFound, WrongState):
+                await self.delete_exec(exec_id)
+        await self.init.close(self.pod.streams, 0 if created else IO_LIMIT)
+        self.init.ended(0)
+        deleted = Deleted(self.init.pid or self.anchor.pid, self.init.exit if not created else None)
+        await self.resources.aclose()
+        self.pod.events.deleted(self.id, deleted.pid, deleted.exit)
+        return deleted
+
+    def anchor_died(self) -> None:
+        """Somebody killed the task's host pid: that means the container."""
+        logger.warning("the anchor of %s was killed; killing the container", self.id)
+        if self.init.status is not Status.STOPPED:
+            self.pod.spawn(self.kill("", signal.SIGKILL, everything=True))

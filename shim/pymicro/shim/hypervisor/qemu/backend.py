@@ -1,0 +1,169 @@
+"""The QEMU backend: a `microvm` machine, driven over QMP."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+
+from pymicro.shim.channel.base import Channel, Listener
+from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
+from pymicro.shim.hypervisor.base import Boot, Device, Share, VmExit, VmSpec, Vsock
+from pymicro.shim.hypervisor.qemu import cmdline
+from pymicro.shim.hypervisor.qemu.vsock import vsock_backend
+from pymicro.shim.spawn import Place, Process, spawn
+
+logger = logging.getLogger(__name__)
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, with our context
+
+
+@dataclass(frozen=True, slots=True)
+class Qemu:
+    """Launches QEMU VMs. `vsock_program` is None where the kernel has vhost-vsock; `timeout` (seconds) bounds each step."""
+
+    vsock_program: str | None
+    tsc_khz: int
+    timeout: float
+
+    @asynccontextmanager
+    async def launch(self, spec: VmSpec, origin: Boot, place: Place) -> AsyncIterator["QemuVm"]:
+        """Start QEMU with `spec`, paused. Raises HostMissing, SandboxDied, StepTimeout."""
+        del origin  # there is one so far
+        ours, theirs = socket.socketpair()
+        with theirs:
+            argv = cmdline.command(spec, monitor_fd=theirs.fileno(), tsc_khz=self.tsc_khz)
+            process = spawn("qemu", argv, place, (theirs.fileno(),))
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(process.kill)
+            vm = QemuVm(process, place, self, stack)
+            stack.push_async_callback(vm.disconnect)
+            await vm.connect(ours)
+            yield vm
+
+
+class QemuVm:
+    """One QEMU process and the helpers that its devices need."""
+
+    def __init__(self, process: Process, place: Place, hypervisor: Qemu, stack: AsyncExitStack) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._place = place
+        self._hypervisor = hypervisor
+        self._stack = stack
+        self._helpers: list[Process] = []
+        self._qmp = QMPClient("pymicro")
+        self._listener: Listener | None = None
+        self._free_ports = [f"port{n}" for n in reversed(range(cmdline.ROOT_PORTS))]
+
+    def __repr__(self) -> str:
+        return f"<QemuVm {self._process!r} devices={cmdline.ROOT_PORTS - len(self._free_ports)}>"
+
+    async def connect(self, monitor: socket.socket) -> None:
+        """Shake hands with the monitor."""
+        await self._step("its monitor", self._qmp.connect(monitor))
+
+    async def disconnect(self) -> None:
+        """Let the monitor go; whatever it says is of no interest any more."""
+        await self._process.kill()
+        try:
+            await self._qmp.disconnect()
+        except (QMPError, EOFError, OSError) as error:
+            logger.debug("monitor: %s", error)
+
+    async def attach(self, device: Device) -> None:
+        """Plug `device` into the next free root port. Raises SandboxDied, HostMissing, StepTimeout, Unsupported."""
+        if not self._free_ports:
+            raise Unsupported(f"a VM takes {cmdline.ROOT_PORTS} devices and all slots are in use")
+        port = self._free_ports.pop()
+        match device:
+            case Share():
+                await self._add_chardev("share", device.socket)
+                await self._add_device(port, {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": device.tag})
+            case Vsock():
+                hypervisor = self._hypervisor
+                backend = await self._stack.enter_async_context(
+                    vsock_backend(hypervisor.vsock_program, self._place, hypervisor.timeout)
+                )
+                self._listener = backend.listener
+                properties = dict(backend.properties)
+                if backend.helper:
+                    self._helpers.append(backend.helper)
+                if backend.chardev_path:
+                    await self._add_chardev("vsock", backend.chardev_path)
+                    properties["chardev"] = "vsock"
+                await self._add_device(port, properties)
+
+    async def _add_chardev(self, name: str, path: Path) -> None:
+        address = {"type": "unix", "data": {"path": str(path)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        await self._execute("chardev-add", {"id": name, "backend": backend})
+
+    async def _add_device(self, port: str, properties: dict[str, Any]) -> None:  # JSON of any kind
+        await self._execute("device_add", {"id": f"device-{port}", "bus": port, **properties})
+
+    async def resume(self) -> None:
+        """Let the guest run. Raises SandboxDied, StepTimeout."""
+        await self._execute("cont")
+
+    async def accept(self) -> Channel:
+        """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
+        assert self._listener is not None, "attach a Vsock before accept()"
+        accepting = asyncio.ensure_future(self._listener.accept())
+        dying = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait((accepting, dying), return_when=asyncio.FIRST_COMPLETED)
+            if accepting.done():
+                return accepting.result()
+            raise SandboxDied(str(dying.result()))
+        finally:
+            accepting.cancel()
+            dying.cancel()
+
+    async def wait(self) -> VmExit:
+        """Return when QEMU or one of its helpers is gone."""
+        processes = (self._process, *self._helpers)
+        waits = {asyncio.ensure_future(process.wait()): process for process in processes}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        ended = next(iter(done))
+        return VmExit(waits[ended].name, ended.result(), waits[ended].last_lines[-10:])
+
+    def console(self) -> Sequence[str]:
+        """Return the last lines of the guest's console."""
+        return self._process.logs[0].lines
+
+    async def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> None:  # JSON of any kind
+        await self._step(command, self._qmp.execute(command, arguments))
+
+    async def _step(self, what: str, call: Any) -> None:  # any awaitable; its result is of no interest
+        limit = self._hypervisor.timeout
+        try:
+            async with asyncio.timeout(limit):
+                await call
+        except TimeoutError:
+            raise StepTimeout(
+                f"QEMU did not answer {what} in {limit:g} s (timeouts.vmm); its last lines: {self._process.last_lines}"
+            ) from None
+        except ExecuteError as error:
+            raise SandboxDied(f"QEMU refused {what}: {error}") from error
+        except (QMPError, ExecInterruptedError, StateError, EOFError, OSError) as error:
+            # the monitor breaks a moment before the process can be reaped; its last words say more than the broken pipe
+            async with asyncio.timeout(limit):
+                exit_ = VmExit("qemu", await self._end(), self._process.last_lines[-10:])
+            raise SandboxDied(f"{exit_} (at {what})") from error
+
+    async def _end(self) -> int:
+        try:
+            async with asyncio.timeout(0.5):
+                return await self._process.wait()
+        except TimeoutError:
+            await self._process.kill()
+            return await self._process.wait()

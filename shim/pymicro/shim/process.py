@@ -1,0 +1,135 @@
+"""One process of a container, its init or an exec, as containerd sees it: state, stdio, exit."""
+
+import asyncio
+from datetime import UTC, datetime
+from enum import IntEnum
+from typing import Any
+
+from pymicro.shim.agent import AgentClient
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.errors import NotFound, SandboxDied, WrongState
+from pymicro.shim.requests import Exit, StdioPaths
+from pymicro.shim.stdio import Stdio
+from pymicro.shim.streams import Streams
+
+KILLED = 137
+"""The status of whatever ran in a VM that is gone: as if by SIGKILL."""
+
+
+class Status(IntEnum):
+    """containerd.v1.types.Status."""
+
+    CREATED = 1
+    RUNNING = 2
+    STOPPED = 3
+    PAUSED = 4
+
+
+class Process:
+    """A process with its stdio. `exec_id` is "" for the init."""
+
+    def __init__(self, container_id: str, exec_id: str, paths: StdioPaths) -> None:
+        self.container_id = container_id
+        self.exec_id = exec_id
+        self.paths = paths
+        self.status = Status.CREATED
+        self.pid = 0
+        self.exit: Exit | None = None
+        self.start_gate = asyncio.Event()
+        """Closed while a Start is under way: an exit is not reported before its start is."""
+        self.start_gate.set()
+        self._exited = asyncio.Event()
+        self._stdio: Stdio | None = None
+        self._tokens: dict[str, str | None] = {}
+
+    def __repr__(self) -> str:
+        return f"<Process {self.container_id}/{self.exec_id or 'init'} {self.status.name} pid={self.pid}>"
+
+    @property
+    def guest_id(self) -> dict[str, str | None]:
+        """How the agent names it."""
+        return {"container": self.container_id, "exec": self.exec_id or None}
+
+    async def open_stdio(self, streams: Streams, agent: asyncio.Future[AgentClient], timeout: float) -> dict[str, str | None]:  # noqa: ASYNC109
+        """Open the client's side and return the tokens for the guest's. Raises as Stdio.open()."""
+        stdio = self._stdio = await Stdio.open(self.paths, timeout)
+
+        def take_stdin(channel: Channel) -> None:
+            assert stdio.stdin is not None
+            stdio.stdin.start(channel).add_done_callback(lambda task: self._stdin_ended(task, agent))
+
+        self._tokens = {
+            "stdin": streams.expect(take_stdin if stdio.stdin else None),
+            "stdout": streams.expect(stdio.stdout.start if stdio.stdout else None),
+            "stderr": streams.expect(stdio.stderr.start if stdio.stderr else None),
+        }
+        return self._tokens
+
+    def _stdin_ended(self, task: asyncio.Task[int], agent: asyncio.Future[AgentClient]) -> None:
+        if task.cancelled() or task.exception() or self._exited.is_set() or not agent.done():
+            return
+
+        async def tell() -> None:
+            try:
+                await agent.result().call("close_stdin", {**self.guest_id, "bytes": task.result()})
+            except (NotFound, WrongState, SandboxDied):
+                pass  # the process has ended meanwhile
+
+        self._closing_stdin = asyncio.create_task(tell(), name="close-stdin")
+
+    def eof(self, stream: str, count: int) -> None:
+        """The guest's `stream` ends after `count` bytes."""
+        output = (self._stdio.stdout if stream == "stdout" else self._stdio.stderr) if self._stdio else None
+        if output is not None:
+            output.end_at(count)
+
+    def close_stdin_writer(self) -> None:
+        """Close the shim's own writer of stdin's FIFO."""
+        if self._stdio and self._stdio.stdin:
+            self._stdio.stdin.close_writer()
+
+    async def drain(self, event: dict[str, Any], limit: float) -> None:
+        """Bring what the process wrote before its exit to the client, in at most `limit` seconds."""
+        if self._stdio is not None:
+            await self._stdio.drain(event, limit)
+
+    def started(self, pid: int) -> None:
+        self.pid = pid
+        if self.status is Status.CREATED:
+            self.status = Status.RUNNING
+
+    def ended(self, status: int) -> None:
+        """Record the exit and release the waiters. The first call counts."""
+        if self.exit is None:
+            self.exit = Exit(status, datetime.now(UTC))
+            self.status = Status.STOPPED
+            self._exited.set()
+
+    def failed_to_start(self) -> None:
+        """Release the waiters of an exec that could not be started; it stays created."""
+        self.exit = self.exit or Exit(KILLED, datetime.now(UTC))
+        self._exited.set()
+
+    async def wait(self) -> Exit:
+        """Return how it ended, once it has."""
+        await self._exited.wait()
+        assert self.exit is not None
+        return self.exit
+
+    async def close(self, streams: Streams, limit: float) -> None:
+        """Let the outputs end, at most `limit` seconds, then close all stdio. Idempotent."""
+        streams.forget(self._tokens.values())
+        if self._stdio is not None:
+            await self._stdio.closed(limit)
+            self._stdio.close()
+            self._stdio = None
+
+    def require(self, *wanted: Status) -> None:
+        """Raise WrongState unless the process is in one of the states `wanted`."""
+        if self.status not in wanted:
+            states = " or ".join(status.name.lower() for status in wanted)
+            raise WrongState(f"{self._name} is {self.status.name.lower()}, not {states}")
+
+    @property
+    def _name(self) -> str:
+        return f"exec {self.exec_id!r} of {self.container_id!r}" if self.exec_id else f"task {self.container_id!r}"

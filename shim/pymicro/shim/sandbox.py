@@ -1,0 +1,277 @@
+"""A sandbox: one VM with its helpers, and the containers in it."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pymicro.shim import anchor, cgroup, guestspec, rootfs, state
+from pymicro.shim.agent import AgentClient
+from pymicro.shim.boot import Booted, boot, pod_place, setup_message
+from pymicro.shim.bundle import Bundle
+from pymicro.shim.config import Settings
+from pymicro.shim.container import Container
+from pymicro.shim.errors import AlreadyExists, GuestError, NotFound, SandboxDied, ShimError, StepTimeout
+from pymicro.shim.events import Publisher
+from pymicro.shim.process import Process
+from pymicro.shim.requests import CreateContainer, Deleted
+from pymicro.shim.spawn import Place
+from pymicro.shim.streams import Streams
+from pymicro.shim.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which sandbox this is. `directory` is its run directory, `socket` the path that the shim listens at."""
+
+    namespace: str
+    id: str
+    bundle: str
+    directory: str
+    socket: str
+
+
+class Sandbox:
+    """One pod. Booting begins at once, while containerd still prepares its Create request."""
+
+    def __init__(
+        self, identity: Identity, bundle: Bundle, settings: Settings, events: Publisher, timeline: Timeline
+    ) -> None:
+        self.identity = identity
+        self.settings = settings
+        self.events = events
+        self.streams = Streams()
+        self.drain_limit = settings.timeouts.drain
+        self.containers: dict[str, Container] = {}
+        self._creating: set[str] = set()
+        self._timeline = timeline
+        self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
+        self._death: SandboxDied | None = None
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._record: dict[str, Any] = {}
+        self._place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self._life = asyncio.create_task(self._live(bundle), name="sandbox")
+
+    def __repr__(self) -> str:
+        condition = "dead" if self._death else "up" if self._agent.done() else "booting"
+        return f"<Sandbox {self.identity.id} {condition} containers={list(self.containers)}>"
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run `work` beside everything else; a failure is logged."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("%s failed", task.get_coro(), exc_info=error)
+
+    async def agent(self) -> AgentClient:
+        """Return the agent once the VM is up. Raises why it could not start, or SandboxDied."""
+        if self._death is not None:
+            raise self._death
+        return await asyncio.shield(self._agent)
+
+    async def open_stdio(self, process: Process) -> dict[str, str | None]:
+        """Open the stdio of `process`; return its stream tokens. Raises as Stdio.open()."""
+        return await process.open_stdio(self.streams, self._agent, self.settings.timeouts.request)
+
+    # --- the VM's life
+
+    async def _live(self, bundle: Bundle) -> None:
+        """Boot, watch, and take the VM down; in every case nobody waits for it afterwards."""
+        reason: ShimError = SandboxDied(f"sandbox {self.identity.id!r} was stopped")
+        try:
+            with pod_place(self.identity.directory, self.identity.id, bundle, self._note) as place:
+                self._place.set_result(place)
+                async with boot(place, bundle, self.settings, self.streams.claim, self._note, self._timeline) as booted:
+                    reason = await self._run(booted, bundle)
+                    logger.error("sandbox %s: %s", self.identity.id, reason)
+        except ShimError as error:
+            reason = error
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:
+            logger.exception("sandbox %s failed", self.identity.id)
+            reason = ShimError(f"{type(error).__name__}: {error}")
+        finally:
+            self._death = reason if isinstance(reason, SandboxDied) else SandboxDied(str(reason))
+            for future in (self._place, self._agent):
+                if not future.done():
+                    future.set_exception(reason)
+                    future.exception()  # it may be that nobody asks
+        for container in list(self.containers.values()):
+            await container.lost()
+
+    async def _run(self, booted: Booted, bundle: Bundle) -> SandboxDied:
+        """Take the VM into use; return why it is dead."""
+        agent = AgentClient(booted.control, self._on_event, self.settings.timeouts.request)
+        try:
+            hostname = str(bundle.spec.get("hostname") or self.identity.id)[:64]
+            await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
+            self._agent.set_result(agent)
+            return await self._watch(booted, agent)
+        finally:
+            await agent.close()
+
+    async def _watch(self, booted: Booted, agent: AgentClient) -> SandboxDied:
+        """Return why the sandbox is dead: whichever piece went first."""
+        waits = [asyncio.create_task(wait) for wait in (booted.gone(), agent.wait_closed())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not waits[0].done():  # a dead VM breaks the agent's connection too, and its last words say more
+                await asyncio.wait(waits[:1], timeout=0.2)
+            if waits[0].done():
+                return SandboxDied(str(waits[0].result()))
+            return SandboxDied(f"the guest's agent ended; the console's last lines: {booted.vm.console()[-5:]}")
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _note(self, **facts: Any) -> None:
+        """Record facts in the run directory, before they are true."""
+        self._record.update(facts)
+        identity = self.identity
+        state.write(
+            identity.directory,
+            {
+                "namespace": identity.namespace,
+                "sandbox": identity.id,
+                "bundle": identity.bundle,
+                "socket": identity.socket,
+                "shim_pid": os.getpid(),
+                "shim_start_time": state.start_time(os.getpid()),
+                "created_at": time.time(),
+                **self._record,
+                "containers": [*self.containers, *self._creating],
+            },
+        )
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        container = self.containers.get(event["container"])
+        if container is None:
+            logger.debug("an event of an unknown container: %s", event)
+            return
+        if event["event"] == "eof":
+            try:
+                container.process(event["exec"] or "").eof(event["stream"], event["bytes"])
+            except NotFound:
+                logger.debug("an event of an unknown exec: %s", event)
+        elif event["event"] == "exit":
+            self.spawn(container.exited(event))
+
+    # --- containers
+
+    @property
+    def idle(self) -> bool:
+        """Whether no container is left, nor one on its way."""
+        return not self.containers and not self._creating
+
+    def container(self, container_id: str) -> Container:
+        """Return a container. Raises NotFound."""
+        try:
+            return self.containers[container_id]
+        except KeyError:
+            raise NotFound(f"no container {container_id!r} in sandbox {self.identity.id!r}") from None
+
+    async def create_container(self, request: CreateContainer) -> Container:
+        """Create a container up to the point where its process waits to be started; on failure nothing of it is left."""
+        if request.id in self.containers or request.id in self._creating:
+            raise AlreadyExists(f"container {request.id!r} exists already")
+        begun = time.monotonic_ns()
+        bundle = Bundle.load(request.bundle)
+        self._creating.add(request.id)
+        stack = AsyncExitStack()
+        try:
+            return await self._create(request, bundle, stack, begun)
+        except BaseException:
+            await stack.aclose()
+            raise
+        finally:
+            self._creating.discard(request.id)
+
+    async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
+        plan = guestspec.build(bundle.spec, request.id)
+        place = await asyncio.shield(self._place)
+        process = Process(request.id, "", request.stdio)
+        streams = await self.open_stdio(process)
+        stack.push_async_callback(process.close, self.streams, 0)
+        groups = self._make_cgroup(request.id, bundle, stack)
+        root = self._mount(request, plan, stack)
+        mounted = self._timeline.span("rootfs", begun)
+
+        container = Container(request.id, request.bundle, process, self, resources=stack)
+        container.anchor = anchor.start(root, replace(place, cgroups=groups), container.anchor_died)
+        stack.callback(container.anchor.end)
+        self.containers[request.id] = container
+        stack.callback(self.containers.pop, request.id, None)
+
+        agent = await self.agent()
+        up = self._timeline.span("wait_for_vm", mounted)
+        stack.push_async_callback(self._delete_in_guest, request.id)
+        terminal = request.stdio.terminal
+        await agent.call("create", {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams})
+        self._timeline.span("create", up)
+        self.events.created(request, container.anchor.pid)
+        return container
+
+    def _make_cgroup(self, container_id: str, bundle: Bundle, stack: AsyncExitStack) -> tuple[str, ...]:
+        groups = cgroup.directories(cgroup.relative_path(bundle.cgroups_path, f"pymicro/{container_id}"))
+        self._note(cgroups=sorted({*self._record.get("cgroups", ()), *groups}))
+        stack.callback(cgroup.remove, groups)
+        cgroup.create(groups)
+        cgroup.write_limits(groups, bundle.resources)
+        return groups
+
+    def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, stack: AsyncExitStack) -> str:
+        """Mount the container's root and binds into the share; return where the root is."""
+        own = os.path.join(self.identity.directory, "share", request.id)
+        root = os.path.join(own, "rootfs")
+        stack.callback(rootfs.remove_tree, own)
+        if request.rootfs:
+            rootfs.mount_rootfs(request.rootfs, root)
+        else:
+            rootfs.bind(os.path.join(request.bundle, plan.root_path), root, read_only=False)
+        for wanted in plan.binds:
+            rootfs.bind(wanted.source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
+        return root
+
+    async def _delete_in_guest(self, container_id: str) -> None:
+        with suppress(SandboxDied, NotFound, StepTimeout, GuestError):
+            await (await self.agent()).call("delete", {"container": container_id})
+
+    async def start(self, container_id: str, exec_id: str) -> int:
+        """Start a container's init or exec; return its pid."""
+        begun = time.monotonic_ns()
+        container = self.container(container_id)
+        pid = await container.start(exec_id)
+        if not exec_id:
+            self._timeline.span("start", begun)
+            self._timeline.log(container_id, sandbox=self.identity.id)
+        return pid
+
+    async def delete_container(self, container_id: str) -> Deleted:
+        """Free a container; the VM begins to go down with the last one."""
+        container = self.container(container_id)
+        deleted = await container.delete()
+        self.containers.pop(container_id, None)
+        if self.idle:
+            self._life.cancel()
+        return deleted
+
+    async def stop(self) -> None:
+        """Take the VM down and free everything. Idempotent."""
+        self._life.cancel()
+        await asyncio.wait([self._life])
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for container in list(self.containers.values()):
+            await container.resources.aclose()
+        self.containers.clear()

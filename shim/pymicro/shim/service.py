@@ -1,0 +1,135 @@
+"""The Task service: each method translates, calls the sandbox, translates back.
+
+The same object serves containerd.task.v2 and v3, over ttrpc and over gRPC: it knows neither transport.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from pymicro.protos import task_pb2
+from pymicro.shim import metrics, translate
+from pymicro.shim.errors import NotFound, ShimError, Unsupported
+from pymicro.shim.sandbox import Sandbox
+
+SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
+
+Handler = Callable[[Any], Awaitable[Message]]  # takes the message type beside it in TaskService.methods()
+
+
+class TaskService:
+    """containerd's Task over one sandbox. A sandbox that cannot exist is given as the error that Create answers."""
+
+    def __init__(self, sandbox: Sandbox | ShimError) -> None:
+        self._sandbox_or_error = sandbox
+        self.shutdown_requested = asyncio.Event()
+
+    def methods(self) -> dict[str, tuple[type[Message], Handler]]:
+        """Return the request type and handler of each RPC, by its name."""
+        return {
+            "State": (task_pb2.StateRequest, self.state),
+            "Create": (task_pb2.CreateTaskRequest, self.create),
+            "Start": (task_pb2.StartRequest, self.start),
+            "Delete": (task_pb2.DeleteRequest, self.delete),
+            "Pids": (task_pb2.PidsRequest, self.pids),
+            "Pause": (task_pb2.PauseRequest, self.pause),
+            "Resume": (task_pb2.ResumeRequest, self.resume),
+            "Checkpoint": (task_pb2.CheckpointTaskRequest, self.checkpoint),
+            "Kill": (task_pb2.KillRequest, self.kill),
+            "Exec": (task_pb2.ExecProcessRequest, self.exec),
+            "ResizePty": (task_pb2.ResizePtyRequest, self.resize_pty),
+            "CloseIO": (task_pb2.CloseIORequest, self.close_io),
+            "Update": (task_pb2.UpdateTaskRequest, self.update),
+            "Wait": (task_pb2.WaitRequest, self.wait),
+            "Stats": (task_pb2.StatsRequest, self.stats),
+            "Connect": (task_pb2.ConnectRequest, self.connect),
+            "Shutdown": (task_pb2.ShutdownRequest, self.shutdown),
+        }
+
+    @property
+    def _sandbox(self) -> Sandbox:
+        if isinstance(self._sandbox_or_error, ShimError):
+            raise NotFound(f"no container: {self._sandbox_or_error}")
+        return self._sandbox_or_error
+
+    async def create(self, request: task_pb2.CreateTaskRequest) -> task_pb2.CreateTaskResponse:
+        if isinstance(self._sandbox_or_error, ShimError):
+            raise self._sandbox_or_error
+        container = await self._sandbox.create_container(translate.create_request(request))
+        return task_pb2.CreateTaskResponse(pid=container.anchor.pid)
+
+    async def start(self, request: task_pb2.StartRequest) -> task_pb2.StartResponse:
+        return task_pb2.StartResponse(pid=await self._sandbox.start(request.id, request.exec_id))
+
+    async def state(self, request: task_pb2.StateRequest) -> task_pb2.StateResponse:
+        container = self._sandbox.container(request.id)
+        return translate.state_response(container, container.process(request.exec_id))
+
+    async def wait(self, request: task_pb2.WaitRequest) -> task_pb2.WaitResponse:
+        process = self._sandbox.container(request.id).process(request.exec_id)
+        return translate.wait_response(await process.wait())
+
+    async def delete(self, request: task_pb2.DeleteRequest) -> task_pb2.DeleteResponse:
+        if request.exec_id:
+            deleted = await self._sandbox.container(request.id).delete_exec(request.exec_id)
+        else:
+            deleted = await self._sandbox.delete_container(request.id)
+        return translate.delete_response(deleted)
+
+    async def exec(self, request: task_pb2.ExecProcessRequest) -> Empty:
+        self._sandbox.container(request.id).add_exec(translate.exec_request(request))
+        return Empty()
+
+    async def kill(self, request: task_pb2.KillRequest) -> Empty:
+        await self._sandbox.container(request.id).kill(request.exec_id, request.signal, everything=request.all)
+        return Empty()
+
+    async def pids(self, request: task_pb2.PidsRequest) -> task_pb2.PidsResponse:
+        return translate.pids_response(await self._sandbox.container(request.id).pids())
+
+    async def pause(self, request: task_pb2.PauseRequest) -> Empty:
+        await self._sandbox.container(request.id).pause()
+        return Empty()
+
+    async def resume(self, request: task_pb2.ResumeRequest) -> Empty:
+        await self._sandbox.container(request.id).resume()
+        return Empty()
+
+    async def resize_pty(self, request: task_pb2.ResizePtyRequest) -> Empty:
+        await self._sandbox.container(request.id).resize(request.exec_id, request.width, request.height)
+        return Empty()
+
+    async def close_io(self, request: task_pb2.CloseIORequest) -> Empty:
+        if request.stdin:
+            self._sandbox.container(request.id).process(request.exec_id).close_stdin_writer()
+        return Empty()
+
+    async def update(self, request: task_pb2.UpdateTaskRequest) -> Empty:
+        await self._sandbox.container(request.id).update(translate.json_value(request.resources, "the resources"))
+        return Empty()
+
+    async def stats(self, request: task_pb2.StatsRequest) -> task_pb2.StatsResponse:
+        files = await self._sandbox.container(request.id).stats()
+        return task_pb2.StatsResponse(stats=translate.pack(metrics.for_this_host(files)))
+
+    async def checkpoint(self, request: task_pb2.CheckpointTaskRequest) -> Empty:
+        raise Unsupported(f"checkpoint of {request.id!r}: a microVM's container cannot be checkpointed")
+
+    async def connect(self, request: task_pb2.ConnectRequest) -> task_pb2.ConnectResponse:
+        response = task_pb2.ConnectResponse(shim_pid=os.getpid())
+        try:
+            response.task_pid = self._sandbox.container(request.id).anchor.pid
+        except NotFound:
+            pass  # Connect never fails: containerd asks it of a shim that has no task yet
+        return response
+
+    async def shutdown(self, _request: task_pb2.ShutdownRequest) -> Empty:
+        """End the shim, unless containers remain: containerd asks for each container of a pod."""
+        sandbox = self._sandbox_or_error
+        if isinstance(sandbox, ShimError) or sandbox.idle:
+            self.shutdown_requested.set()
+        return Empty()

@@ -1,0 +1,80 @@
+"""A sandbox's directory and what is recorded in it, so that `delete` finds everything after any crash.
+
+Imported by `start` and `delete`: only os, json and hashlib. What a sandbox takes is recorded before it exists; freeing what was
+never made is harmless.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+from typing import Any
+
+from pymicro.shim import cgroup
+
+DEFAULT_RUN = "/run/pymicro"
+STATE_FILE = "state.json"
+VERSION = 1
+
+
+def key(address: str, namespace: str, sandbox_id: str) -> str:
+    """Return 16 hex digits that name a sandbox on this host: ids may be too long for socket paths."""
+    return hashlib.sha256(f"{address}\0{namespace}\0{sandbox_id}".encode()).hexdigest()[:16]
+
+
+def directory(address: str, namespace: str, sandbox_id: str, run: str = DEFAULT_RUN) -> str:
+    """Return the run directory of a sandbox."""
+    return os.path.join(run, key(address, namespace, sandbox_id))
+
+
+def write(run_directory: str, state: dict[str, Any]) -> None:
+    """Record `state`, replacing the file in one step."""
+    temporary = os.path.join(run_directory, STATE_FILE + ".new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump({"version": VERSION, **state}, file)
+    os.replace(temporary, os.path.join(run_directory, STATE_FILE))
+
+
+def read(run_directory: str) -> dict[str, Any]:
+    """Return what is recorded; an empty dict where there is nothing, or nothing that can be read."""
+    try:
+        with open(os.path.join(run_directory, STATE_FILE), encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot (proc(5), field 22), 0 if it is gone.
+
+    Together with the pid it names a process for certain: pids are used again.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def shim_runs(state: dict[str, Any]) -> bool:
+    """Tell whether the shim that wrote `state` is alive."""
+    pid, started = state.get("shim_pid"), state.get("shim_start_time")
+    return isinstance(pid, int) and pid > 1 and bool(started) and start_time(pid) == started
+
+
+def free(run_directory: str) -> None:
+    """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in."""
+    state = read(run_directory)
+    if shim_runs(state) and state["shim_pid"] != os.getpid():
+        with suppress(ProcessLookupError):
+            os.kill(state["shim_pid"], signal.SIGKILL)
+    groups = [path for path in state.get("cgroups", ()) if isinstance(path, str) and path.startswith(cgroup.ROOT + "/")]
+    cgroup.kill(groups)
+    cgroup.remove(groups)
+    if isinstance(address := state.get("socket"), str):
+        with suppress(OSError):
+            os.unlink(address)
+    shutil.rmtree(run_directory, ignore_errors=True)

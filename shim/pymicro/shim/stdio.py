@@ -1,0 +1,304 @@
+"""A process's stdio on the host: FIFOs (or a log file) on one side, the guest's raw streams on the other.
+
+Bytes are spliced, so they never pass through Python, and nothing is buffered here: a slow reader slows the process down.
+"""
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import stat
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
+
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.errors import InvalidRequest, StepTimeout, Unsupported
+from pymicro.shim.requests import StdioPaths
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 20
+_PIPE_SIZE = 1 << 20
+_POLL = 0.005
+
+
+async def _ready(fd: int, *, write: bool) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+    add(fd, lambda: future.done() or future.set_result(None))
+    try:
+        await future
+    finally:
+        remove(fd)
+
+
+class Output:
+    """stdout or stderr: takes the guest's stream and writes it to the client's FIFO or file."""
+
+    def __init__(self, fds: tuple[int, ...], *, spliceable: bool) -> None:
+        """`fds[0]` is written to; the others are kept open as long (the keepalive of a FIFO)."""
+        self._fds = fds
+        self._spliceable = spliceable
+        self.relayed = 0
+        self._total: int | None = None
+        self._progress = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Output relayed={self.relayed} of {self._total}>"
+
+    def start(self, channel: Channel) -> None:
+        """Begin to relay `channel`, which is closed at the end."""
+        if self._ended.is_set():
+            channel.close()
+        else:
+            self._task = asyncio.create_task(self._relay(channel), name="stdio-output")
+
+    def end_at(self, total: int) -> None:
+        """The stream ends after `total` bytes."""
+        self._total = total
+        if self.relayed >= total:
+            self.close()
+
+    async def reached(self, count: int) -> None:
+        """Return when `count` bytes have been relayed or the stream has ended."""
+        while self.relayed < count and not self._ended.is_set():
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def closed(self) -> None:
+        """Return when the stream has ended and its FIFO is closed."""
+        await self._ended.wait()
+
+    def close(self) -> None:
+        """Stop relaying and close. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        fds, self._fds = self._fds, ()
+        for fd in fds:
+            os.close(fd)
+        self._ended.set()
+        self._progress.set()
+
+    async def _relay(self, channel: Channel) -> None:
+        try:
+            while self._total is None or self.relayed < self._total:
+                moved = await (self._splice(channel) if self._spliceable else self._copy(channel))
+                if moved == 0:
+                    break
+                self.relayed += moved
+                self._progress.set()
+        except OSError as error:
+            logger.warning("an output stream broke after %d bytes: %s", self.relayed, error)
+        finally:
+            channel.close()
+            self._end()
+
+    async def _splice(self, channel: Channel) -> int:
+        source, sink = channel.fileno(), self._fds[0]
+        while True:
+            try:
+                return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+            except BlockingIOError:
+                # either side may be the one that blocks: first the source, and once it has data, the sink
+                await _ready(source, write=False)
+                try:
+                    return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+                except BlockingIOError:
+                    await _ready(sink, write=True)
+            except ConnectionError:
+                return 0
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # this socket family or kernel cannot splice
+                    raise
+                self._spliceable = False
+                return await self._copy(channel)
+
+    async def _copy(self, channel: Channel) -> int:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(channel.socket, CHUNK)
+        except ConnectionError:
+            return 0
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._fds[0], view) :]
+            except BlockingIOError:
+                await _ready(self._fds[0], write=True)
+        return len(data)
+
+
+class Input:
+    """stdin: reads the client's FIFO and writes it to the guest's stream."""
+
+    def __init__(self, fd: int, keepalive: int) -> None:
+        self._fd = fd
+        self._keepalive = keepalive
+        self._task: asyncio.Task[int] | None = None
+
+    def start(self, channel: Channel) -> asyncio.Task[int]:
+        """Begin to relay to `channel`; the task's result is the number of bytes at the end of file."""
+        self._task = asyncio.create_task(self._relay(channel), name="stdio-input")
+        return self._task
+
+    def close_writer(self) -> None:
+        """Close our own writer of the FIFO: once the client's is closed too, the process sees end of file. Idempotent."""
+        if self._keepalive >= 0:
+            os.close(self._keepalive)
+            self._keepalive = -1
+
+    def close(self) -> None:
+        """Stop relaying and close. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._close_fds()
+
+    def _close_fds(self) -> None:
+        self.close_writer()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def _relay(self, channel: Channel) -> int:
+        total, sink = 0, channel.fileno()
+        try:
+            while True:
+                await _ready(self._fd, write=False)
+                try:
+                    moved = os.splice(self._fd, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+                except BlockingIOError:
+                    await _ready(sink, write=True)
+                    continue
+                except ConnectionError:  # the guest took no more: the process is gone
+                    moved = 0
+                if moved == 0:
+                    return total
+                total += moved
+        finally:
+            # the guest closes its side after it has taken the last byte; ours stays open until then (wire.messages)
+            self._close_fds()
+            _close_after_peer(channel)
+
+
+def _close_after_peer(channel: Channel) -> None:
+    loop = asyncio.get_running_loop()
+
+    def gone() -> None:
+        loop.remove_reader(channel.fileno())
+        channel.close()
+
+    loop.add_reader(channel.fileno(), gone)
+
+
+async def open_output(path: str, timeout: float) -> Output | None:  # noqa: ASYNC109  # names the limit in its message
+    """Open a stdout or stderr destination: a FIFO, `file:///path`, or "" for none.
+
+    A FIFO is opened for writing first, which waits for the client's reader, then for reading as well, so that it outlives a
+    client that goes away and comes back. `timeout` is in seconds. Raises StepTimeout, InvalidRequest, Unsupported.
+    """
+    if not path:
+        return None
+    if "://" in path:
+        return _open_uri(path)
+    try:
+        if not stat.S_ISFIFO(os.stat(path).st_mode):
+            return Output((os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC),), spliceable=False)
+        writer = await _open_fifo_writer(path, timeout)
+        keepalive = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidRequest(f"cannot open the output {path!r}: {error.strerror}") from error
+    with suppress(OSError):  # not permitted beyond the user's pipe quota; the default size then serves
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    return Output((writer, keepalive), spliceable=True)
+
+
+def _open_uri(uri: str) -> Output:
+    parts = urlsplit(uri)
+    if parts.scheme != "file":
+        raise Unsupported(f"stdio URI {uri!r}: the scheme {parts.scheme!r} is not supported; use a FIFO or file://")
+    path = unquote(parts.path)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InvalidRequest(f"cannot open the log file {path!r}: {error.strerror}") from error
+    return Output((fd,), spliceable=False)
+
+
+async def _open_fifo_writer(path: str, limit: float) -> int:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        if loop.time() > deadline:
+            raise StepTimeout(f"nobody opened the FIFO {path!r} for reading in {limit:g} s")
+        await asyncio.sleep(_POLL)
+
+
+def open_input(path: str) -> Input | None:
+    """Open a stdin FIFO, "" for none. Raises InvalidRequest."""
+    if not path:
+        return None
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        keepalive = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidRequest(f"cannot open the input {path!r}: {error.strerror}") from error
+    return Input(fd, keepalive)
+
+
+class Stdio:
+    """The streams of one process."""
+
+    def __init__(self, stdin: Input | None, stdout: Output | None, stderr: Output | None) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+
+    @classmethod
+    async def open(cls, paths: StdioPaths, timeout: float) -> "Stdio":  # noqa: ASYNC109
+        """Open everything that `paths` names, or nothing. With a terminal stderr is ignored. Raises as open_output()."""
+        stdio = cls(None, None, None)
+        try:
+            stdio.stdin = open_input(paths.stdin)
+            stdio.stdout = await open_output(paths.stdout, timeout)
+            stdio.stderr = await open_output("" if paths.terminal else paths.stderr, timeout)
+        except BaseException:
+            stdio.close()
+            raise
+        return stdio
+
+    async def drain(self, counts: dict[str, int], limit: float) -> None:
+        """Wait until the given number of bytes of each output has reached the client, at most `limit` seconds."""
+        outputs = ((self.stdout, counts["stdout"]), (self.stderr, counts["stderr"]))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                for output, count in outputs:
+                    if output is not None:
+                        await output.reached(count)
+
+    async def closed(self, limit: float) -> None:
+        """Wait until all outputs have ended, at most `limit` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                for output in (self.stdout, self.stderr):
+                    if output is not None:
+                        await output.closed()
+
+    def close(self) -> None:
+        """Close everything. Idempotent."""
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()

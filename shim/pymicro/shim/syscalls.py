@@ -1,0 +1,78 @@
+"""The Linux calls that Python 3.11 lacks: namespaces, mounts, prctl. Thin, typed, raising OSError.
+
+Numbers are from the kernel's UAPI headers (linux/sched.h, linux/mount.h, linux/prctl.h).
+"""
+
+import ctypes
+import os
+from typing import Final
+
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWNET: Final = 0x40000000
+
+MS_RDONLY: Final = 0x1
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_SYNCHRONOUS: Final = 0x10
+MS_REMOUNT: Final = 0x20
+MS_DIRSYNC: Final = 0x80
+MS_NOATIME: Final = 0x400
+MS_NODIRATIME: Final = 0x800
+MS_BIND: Final = 0x1000
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 0x40000
+MS_SLAVE: Final = 0x80000
+MS_SHARED: Final = 0x100000
+MS_RELATIME: Final = 0x200000
+MS_STRICTATIME: Final = 0x1000000
+MNT_DETACH: Final = 0x2
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    """Move this process into new namespaces. Raises OSError."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Join the namespace that `fd` refers to; `kind` is its CLONE_NEW* flag. Raises OSError."""
+    _check(_libc.setns(fd, kind), f"setns({fd})")
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2). Raises OSError that names source and target."""
+    result = _libc.mount(
+        source.encode(),
+        target.encode(),
+        fstype.encode() if fstype else None,
+        ctypes.c_ulong(flags),
+        data.encode() if data else None,
+    )
+    _check(result, f"mount {source} on {target}")
+
+
+def unmount(target: str, flags: int = MNT_DETACH) -> None:
+    """umount2(2), by default lazily. Raises OSError."""
+    _check(_libc.umount2(target.encode(), flags), f"unmount {target}")
+
+
+def set_parent_death_signal(signal: int) -> None:
+    """Have the kernel send `signal` to this process when the thread that forked it ends. Raises OSError."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def set_name(name: str) -> None:
+    """Set this process's name as `ps` shows it (15 bytes). Raises OSError."""
+    _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0), "prctl(PR_SET_NAME)")
