@@ -47,7 +47,7 @@ class AgentClient:
     def __repr__(self) -> str:
         return f"<AgentClient pending={len(self._pending)} {'ended' if self._ended else 'connected'}>"
 
-    async def call(self, method: str, params: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
+    async def call(self, method: str, params: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
         """Return the agent's result for `method` (wire.messages gives the shapes).
 
         Raises SandboxDied when the connection ends, StepTimeout, or what the agent's error kind stands for.

@@ -1,7 +1,7 @@
 """The anchor: a host process per container, which is the task's pid.
 
-The workload runs in a VM, yet clients do things to a task's pid: they join its network namespace, read its cgroup's limits,
-look into its root. The anchor gives them the right answers: it sits in the pod's network namespace, in the
+The workload runs in a VM, yet clients do things to a task's pid: they join its network namespace, read its cgroup's
+limits, look into its root. The anchor gives them the right answers: it sits in the pod's network namespace, in the
 container's cgroup, chrooted to the container's root filesystem, and it ends before Wait returns.
 """
 
@@ -64,7 +64,9 @@ def start(root: str, place: Place, on_death: Callable[[], None]) -> Anchor:
         answer = ready.read()
     if answer != _READY:
         os.waitpid(pid, 0)
-        raise ShimError(f"the container's anchor process could not start: {answer.decode(errors='replace') or 'killed'}")
+        raise ShimError(
+            f"the container's anchor process could not start: {answer.decode(errors='replace') or 'killed'}"
+        )
     return Anchor(pid, on_death)
 
 

@@ -1,7 +1,8 @@
-"""The command line that containerd gives a shim, and what else it says at start. Standard library only, and little of it.
+"""The command line that containerd gives a shim, and what else it says at start. Standard library only, and little of
+it.
 
-The flags are Go's: `-name value`, `-name=value`, `--name value`; a flag without a value is a switch. Unknown flags are skipped
-with their value, because a newer containerd may add some.
+The flags are Go's: `-name value`, `-name=value`, `--name value`; a flag without a value is a switch. Unknown flags
+are skipped with their value, because a newer containerd may add some.
 """
 
 import os

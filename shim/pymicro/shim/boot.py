@@ -77,7 +77,12 @@ def pod_place(directory: str, sandbox_id: str, bundle: Bundle, note: Note) -> It
 
 @asynccontextmanager
 async def boot(
-    place: Place, bundle: Bundle, settings: Settings, take_stream: Callable[[object, Channel], None], note: Note, timeline: Timeline
+    place: Place,
+    bundle: Bundle,
+    settings: Settings,
+    take_stream: Callable[[object, Channel], None],
+    note: Note,
+    timeline: Timeline,
 ) -> AsyncIterator[Booted]:
     """Start the pod's VM and wait for its agent's hello. Leaving the context ends the VM and its helpers.
 
@@ -113,17 +118,14 @@ async def boot(
 def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
     """Return the VM that this pod wants of this host. Raises HostMissing, InvalidSettings."""
     size = vm_size(settings, bundle.resources, bundle.annotations)
-    files = host.find_artifacts(settings)
-    accel = host.choose_accel(settings.vm.accel)
-    if accel.why_not_kvm and settings.vm.accel == "auto":
-        logger.warning("no KVM, software emulation instead (many times slower): %s", accel.why_not_kvm)
+    kernel, image = host.guest_files(settings)
     return VmSpec(
         binary=host.find_qemu(settings),
-        kernel=files.kernel,
-        image=files.image,
+        kernel=kernel,
+        image=image,
         vcpus=size.vcpus,
         memory_mib=size.memory_mib,
-        accel=accel.name,
+        accel=host.choose_accel(settings.vm.accel),
     )
 
 
@@ -183,7 +185,8 @@ class Greeter:
                 channel.close()
                 self._control.set_exception(
                     SandboxDied(
-                        f"the guest image's agent speaks protocol {hello.get('version')}, this shim {messages.PROTOCOL_VERSION}; "
+                        f"the guest image's agent speaks protocol {hello.get('version')}, "
+                        f"this shim {messages.PROTOCOL_VERSION}; "
                         "rebuild the image (`make rootfs`) and install both together"
                     )
                 )
@@ -216,6 +219,8 @@ def _console(lines: Sequence[str]) -> str:
 
 
 def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:
-    """Return `error` with what is wrong with the kernel or image, if anything is: checked only once a boot has failed."""
+    """Return `error` with what is wrong with the kernel or image, if anything is: checked only once a boot has
+    failed.
+    """
     findings = [finding for path in (spec.kernel, spec.image) if (finding := host.verify_artifact(path))]
     return type(error)("; ".join([*findings, str(error)])) if findings else error

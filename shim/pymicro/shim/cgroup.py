@@ -95,7 +95,9 @@ def processes(directories: Iterable[str]) -> set[int]:
 
 
 def kill(directories: Sequence[str]) -> set[int]:
-    """SIGKILL all processes in the cgroups and wait until they are gone; return the pids that remain after KILL_TIMEOUT."""
+    """SIGKILL all processes in the cgroups and wait until they are gone; return the pids that remain after
+    KILL_TIMEOUT.
+    """
     deadline = time.monotonic() + KILL_TIMEOUT
     pause = 0.001
     while left := processes(directories):

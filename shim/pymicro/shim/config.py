@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-
 from pymicro.shim.errors import HostMissing, InvalidRequest, InvalidSettings
 
 DEFAULT_FILE = "/etc/pymicro/config.toml"

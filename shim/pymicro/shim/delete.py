@@ -1,7 +1,7 @@
 """`containerd-shim-pymicro-v1 delete`: free whatever a sandbox left, whoever was killed when.
 
-containerd runs it after every normal end as well, so it is quick when there is nothing to do. A container that shares its VM with
-others has no sandbox of its own: it ends with its pod, whose `delete` frees everything.
+containerd runs it after every normal end as well, so it is quick when there is nothing to do. A container that shares
+its VM with others has no sandbox of its own: it ends with its pod, whose `delete` frees everything.
 """
 
 import os
@@ -23,7 +23,8 @@ def _varint(value: int) -> bytes:
 
 
 def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
-    """Return a containerd.task.v2.DeleteResponse as bytes: pid = 1, exit_status = 2, exited_at = 3 (seconds = 1, nanos = 2).
+    """Return a containerd.task.v2.DeleteResponse as bytes: pid = 1, exit_status = 2, exited_at = 3 (seconds = 1,
+    nanos = 2).
 
     Written out by hand because importing protobuf would take longer than everything else that `delete` does.
     """

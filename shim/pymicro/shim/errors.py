@@ -58,7 +58,8 @@ class GuestError(ShimError):
     """The agent or crun refused a request."""
 
 
-# google.rpc.Code values, as containerd's errdefs maps them. The first class that matches wins, so subclasses come first.
+# google.rpc.Code values, as containerd's errdefs maps them. The first class that matches wins, so subclasses come
+# first.
 STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (InvalidRequest, 3),
     (StepTimeout, 4),

@@ -9,7 +9,6 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-
 from pymicro.protos import events_pb2, forward_pb2, types_pb2
 from pymicro.shim.requests import CreateContainer, Exit
 from pymicro.ttrpc.client import Client
@@ -140,9 +139,7 @@ class Publisher:
             try:
                 if self._client is None:
                     self._client = await Client.connect(self._address)
-                await self._client.call(
-                    SERVICE, "Forward", request, Empty, timeout=_FORWARD_TIMEOUT
-                )
+                await self._client.call(SERVICE, "Forward", request, Empty, timeout=_FORWARD_TIMEOUT)
             except Exception as error:  # noqa: BLE001  # whatever went wrong, the event must not be lost
                 logger.warning("containerd did not take an event: %s; trying again in %.2g s", error, pause)
                 if self._client is not None:

@@ -15,7 +15,5 @@ def print_info() -> None:
     """Write a containerd.types.RuntimeInfo to stdout, as containerd 2.0 asks at its start."""
     from pymicro.protos import types_pb2
 
-    info = types_pb2.RuntimeInfo(
-        name=NAME, version=types_pb2.RuntimeVersion(version=version("pymicro"))
-    )
+    info = types_pb2.RuntimeInfo(name=NAME, version=types_pb2.RuntimeVersion(version=version("pymicro")))
     os.write(1, info.SerializeToString())

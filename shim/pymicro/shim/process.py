@@ -1,6 +1,7 @@
 """One process of a container, its init or an exec, as containerd sees it: state, stdio, exit."""
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
@@ -50,7 +51,9 @@ class Process:
         """How the agent names it."""
         return {"container": self.container_id, "exec": self.exec_id or None}
 
-    async def open_stdio(self, streams: Streams, agent: asyncio.Future[AgentClient], timeout: float) -> dict[str, str | None]:  # noqa: ASYNC109
+    async def open_stdio(
+        self, streams: Streams, agent: asyncio.Future[AgentClient], timeout: float
+    ) -> dict[str, str | None]:
         """Open the client's side and return the tokens for the guest's. Raises as Stdio.open()."""
         stdio = self._stdio = await Stdio.open(self.paths, timeout)
 
@@ -70,10 +73,8 @@ class Process:
             return
 
         async def tell() -> None:
-            try:
+            with suppress(NotFound, WrongState, SandboxDied):  # the process has ended meanwhile
                 await agent.result().call("close_stdin", {**self.guest_id, "bytes": task.result()})
-            except (NotFound, WrongState, SandboxDied):
-                pass  # the process has ended meanwhile
 
         self._closing_stdin = asyncio.create_task(tell(), name="close-stdin")
 

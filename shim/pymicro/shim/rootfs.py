@@ -40,7 +40,9 @@ def private_namespace() -> None:
 
 
 def make_share(directory: str) -> None:
-    """Make `directory` a shared mount point: what is mounted below it later reaches virtiofsd's namespace. Raises OSError."""
+    """Make `directory` a shared mount point: what is mounted below it later reaches virtiofsd's namespace. Raises
+    OSError.
+    """
     sys.mount(directory, directory, None, sys.MS_BIND)
     sys.mount("none", directory, None, sys.MS_SHARED)
 
@@ -66,7 +68,9 @@ def mount_rootfs(mounts: Sequence[Mount], target: str) -> None:
         where = os.path.join(target, mount.target.lstrip("/")) if mount.target else target
         flags, data = split_options(mount.options)
         if len(data) > _LONGEST_DATA:
-            raise InvalidRequest(f"the {mount.type} mount of the root filesystem has {len(data)} bytes of options, over one page")
+            raise InvalidRequest(
+                f"the {mount.type} mount of the root filesystem has {len(data)} bytes of options, over one page"
+            )
         try:
             if mount.type in {"bind", "rbind"} or flags & sys.MS_BIND:
                 _bind(mount.source, where, flags | sys.MS_BIND)

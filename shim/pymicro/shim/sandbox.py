@@ -182,7 +182,9 @@ class Sandbox:
             raise NotFound(f"no container {container_id!r} in sandbox {self.identity.id!r}") from None
 
     async def create_container(self, request: CreateContainer) -> Container:
-        """Create a container up to the point where its process waits to be started; on failure nothing of it is left."""
+        """Create a container up to the point where its process waits to be started; on failure nothing of it is
+        left.
+        """
         if request.id in self.containers or request.id in self._creating:
             raise AlreadyExists(f"container {request.id!r} exists already")
         begun = time.monotonic_ns()
@@ -217,7 +219,9 @@ class Sandbox:
         up = self._timeline.span("wait_for_vm", mounted)
         stack.push_async_callback(self._delete_in_guest, request.id)
         terminal = request.stdio.terminal
-        await agent.call("create", {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams})
+        await agent.call(
+            "create", {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
+        )
         self._timeline.span("create", up)
         self.events.created(request, container.anchor.pid)
         return container

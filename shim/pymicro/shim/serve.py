@@ -96,4 +96,4 @@ def _same_user(client: socket.socket) -> bool:
     """Only the user who runs this shim may command it: the socket's mode says so, and so do the peer's credentials."""
     size = struct.calcsize("3i")
     _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid == os.geteuid()
+    return bool(uid == os.geteuid())

@@ -6,14 +6,15 @@ The same object serves containerd.task.v2 and v3, over ttrpc and over gRPC: it k
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-
 from pymicro.protos import task_pb2
 from pymicro.shim import metrics, translate
 from pymicro.shim.errors import NotFound, ShimError, Unsupported
+from pymicro.shim.events import pack
 from pymicro.shim.sandbox import Sandbox
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
@@ -114,17 +115,15 @@ class TaskService:
 
     async def stats(self, request: task_pb2.StatsRequest) -> task_pb2.StatsResponse:
         files = await self._sandbox.container(request.id).stats()
-        return task_pb2.StatsResponse(stats=translate.pack(metrics.for_this_host(files)))
+        return task_pb2.StatsResponse(stats=pack(metrics.for_this_host(files)))
 
     async def checkpoint(self, request: task_pb2.CheckpointTaskRequest) -> Empty:
         raise Unsupported(f"checkpoint of {request.id!r}: a microVM's container cannot be checkpointed")
 
     async def connect(self, request: task_pb2.ConnectRequest) -> task_pb2.ConnectResponse:
         response = task_pb2.ConnectResponse(shim_pid=os.getpid())
-        try:
+        with suppress(NotFound):  # Connect never fails: containerd asks it of a shim that has no task yet
             response.task_pid = self._sandbox.container(request.id).anchor.pid
-        except NotFound:
-            pass  # Connect never fails: containerd asks it of a shim that has no task yet
         return response
 
     async def shutdown(self, _request: task_pb2.ShutdownRequest) -> Empty:

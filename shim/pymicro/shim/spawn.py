@@ -1,7 +1,8 @@
 """Starting the pod's host processes: the one place that forks a helper program.
 
 Each helper joins the pod's cgroups and network namespace before it runs its first instruction, dies with the shim
-(PDEATHSIG), and has its output read into a bounded buffer, so that a chatty guest cannot fill the host's memory or disk.
+(PDEATHSIG), and has its output read into a bounded buffer, so that a chatty guest cannot fill the host's memory or
+disk.
 """
 
 import asyncio
@@ -27,7 +28,9 @@ _READ_SIZE = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a pod's host processes run: their directory, cgroup directories (one per hierarchy) and network namespace."""
+    """Where a pod's host processes run: their directory, cgroup directories (one per hierarchy) and network
+    namespace.
+    """
 
     directory: Path
     cgroups: tuple[str, ...] = ()
@@ -42,7 +45,7 @@ class LogTail:
         self._fd = fd
         self._partial = b""
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        os.set_blocking(fd, False)  # noqa: FBT003
+        os.set_blocking(fd, False)
         asyncio.get_running_loop().add_reader(fd, self._read)
 
     @property
@@ -164,7 +167,9 @@ def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] 
     except (OSError, subprocess.SubprocessError) as error:
         os.close(out_read)
         os.close(err_read)
-        raise HostMissing(f"cannot start {name} as {argv[0]!r}: {error}; `pymicroctl check` tells what to install") from error
+        raise HostMissing(
+            f"cannot start {name} as {argv[0]!r}: {error}; `pymicroctl check` tells what to install"
+        ) from error
     finally:
         os.close(out_write)
         os.close(err_write)

@@ -89,7 +89,7 @@ def _answers(path: str) -> bool:
             return False
         size = struct.calcsize("3i")
         _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        return uid == os.geteuid()
+        return bool(uid == os.geteuid())
 
 
 def _answer(path: str) -> None:
@@ -144,7 +144,8 @@ def _become_daemon(
 def _open_log() -> int:
     """Open the bundle's `log` FIFO, whose reader is containerd; -1 without one.
 
-    For reading too, so that it neither needs nor loses its reader, and non-blocking: a containerd that is down must not stop us.
+    For reading too, so that it neither needs nor loses its reader, and non-blocking: a containerd that is down must
+    not stop us.
     """
     try:
         return os.open("log", os.O_RDWR | os.O_NONBLOCK)
@@ -153,7 +154,9 @@ def _open_log() -> int:
 
 
 def _adjust_oom_score() -> None:
-    """Let the kernel prefer us to containerd when memory runs out, as containerd's own shim does: its parent's score + 1."""
+    """Let the kernel prefer us to containerd when memory runs out, as containerd's own shim does: its parent's score
+    + 1.
+    """
     with suppress(OSError, ValueError):
         with open(f"/proc/{os.getppid()}/oom_score_adj", encoding="ascii") as file:
             score = int(file.read())

@@ -1,7 +1,7 @@
 """A sandbox's directory and what is recorded in it, so that `delete` finds everything after any crash.
 
-Imported by `start` and `delete`: only os, json and hashlib. What a sandbox takes is recorded before it exists; freeing what was
-never made is harmless.
+Imported by `start` and `delete`: only os, json and hashlib. What a sandbox takes is recorded before it exists;
+freeing what was never made is harmless.
 """
 
 import hashlib

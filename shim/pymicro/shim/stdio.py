@@ -1,6 +1,7 @@
 """A process's stdio on the host: FIFOs (or a log file) on one side, the guest's raw streams on the other.
 
-Bytes are spliced, so they never pass through Python, and nothing is buffered here: a slow reader slows the process down.
+Bytes are spliced, so they never pass through Python, and nothing is buffered here: a slow reader slows the process
+down.
 """
 
 import asyncio
@@ -27,7 +28,12 @@ async def _ready(fd: int, *, write: bool) -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(fd, lambda: future.done() or future.set_result(None))
+
+    def ready() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    add(fd, ready)
     try:
         await future
     finally:
@@ -149,7 +155,9 @@ class Input:
         return self._task
 
     def close_writer(self) -> None:
-        """Close our own writer of the FIFO: once the client's is closed too, the process sees end of file. Idempotent."""
+        """Close our own writer of the FIFO: once the client's is closed too, the process sees end of file.
+        Idempotent.
+        """
         if self._keepalive >= 0:
             os.close(self._keepalive)
             self._keepalive = -1
@@ -198,10 +206,11 @@ def _close_after_peer(channel: Channel) -> None:
     loop.add_reader(channel.fileno(), gone)
 
 
-async def open_output(path: str, timeout: float) -> Output | None:  # noqa: ASYNC109  # names the limit in its message
+async def open_output(path: str, timeout: float) -> Output | None:
     """Open a stdout or stderr destination: a FIFO, `file:///path`, or "" for none.
 
-    A FIFO is opened for writing first, which waits for the client's reader, then for reading as well, so that it outlives a
+    A FIFO is opened for writing first, which waits for the client's reader, then for reading as well, so that it
+    outlives a
     client that goes away and comes back. `timeout` is in seconds. Raises StepTimeout, InvalidRequest, Unsupported.
     """
     if not path:
@@ -268,8 +277,10 @@ class Stdio:
         self.stderr = stderr
 
     @classmethod
-    async def open(cls, paths: StdioPaths, timeout: float) -> "Stdio":  # noqa: ASYNC109
-        """Open everything that `paths` names, or nothing. With a terminal stderr is ignored. Raises as open_output()."""
+    async def open(cls, paths: StdioPaths, timeout: float) -> "Stdio":
+        """Open everything that `paths` names, or nothing. With a terminal stderr is ignored. Raises as
+        open_output().
+        """
         stdio = cls(None, None, None)
         try:
             stdio.stdin = open_input(paths.stdin)

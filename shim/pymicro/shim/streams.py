@@ -19,7 +19,9 @@ class Streams:
         self._expected: dict[str, Callable[[Channel], object]] = {}
 
     def expect(self, take: Callable[[Channel], object] | None) -> str | None:
-        """Return a fresh token; the connection that presents it goes to `take`. None stays None: no stream is wanted."""
+        """Return a fresh token; the connection that presents it goes to `take`. None stays None: no stream is
+        wanted.
+        """
         if take is None:
             return None
         token = os.urandom(16).hex()

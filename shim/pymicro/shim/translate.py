@@ -6,7 +6,6 @@ from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
-
 from pymicro.protos import process_pb2, runc_pb2, runtimeoptions_pb2, task_pb2
 from pymicro.shim.container import Container
 from pymicro.shim.errors import InvalidRequest
@@ -68,7 +67,7 @@ def state_response(container: Container, process: Process) -> task_pb2.StateResp
         id=process.exec_id or container.id,
         bundle=container.bundle,
         pid=process.pid or (0 if process.exec_id else container.anchor.pid),
-        status=process.status.value,
+        status=process.status.name,
         stdin=process.paths.stdin,
         stdout=process.paths.stdout,
         stderr=process.paths.stderr,

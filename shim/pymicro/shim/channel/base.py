@@ -1,7 +1,7 @@
 """A connection that the guest opened to the host: a connected stream socket, non-blocking, on the running loop.
 
-Whatever the transport (AF_VSOCK, the hybrid unix socket, a socket pair in tests), a Channel is the same: stdio splices its
-file descriptor, the agent client reads frames from it.
+Whatever the transport (AF_VSOCK, the hybrid unix socket, a socket pair in tests), a Channel is the same: stdio
+splices its file descriptor, the agent client reads frames from it.
 """
 
 import asyncio

@@ -1,4 +1,6 @@
-"""A channel inside one process, for tests: a socket pair, so that splice and back-pressure behave as they do for real."""
+"""A channel inside one process, for tests: a socket pair, so that splice and back-pressure behave as they do for
+real.
+"""
 
 import socket
 

@@ -1,7 +1,7 @@
 """Kernel vsock (AF_VSOCK with /dev/vhost-vsock): the guest's connections arrive at a port of the host.
 
-Ports are shared by all shims of a host, and so are CIDs. One rule serves both: the guest dials the port that equals its own
-CID, so binding that port reserves the CID, without a race and until the shim is gone.
+Ports are shared by all shims of a host, and so are CIDs. One rule serves both: the guest dials the port that equals
+its own CID, so binding that port reserves the CID, without a race and until the shim is gone.
 """
 
 import asyncio

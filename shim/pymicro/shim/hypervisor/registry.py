@@ -2,8 +2,9 @@
 
 from pymicro.shim.config import Settings
 from pymicro.shim.errors import InvalidSettings
-from pymicro.shim.host import find_vhost_vsock, tsc_khz
+from pymicro.shim.host import find_vhost_vsock
 from pymicro.shim.hypervisor.base import Hypervisor
+from pymicro.shim.tsc import tsc_khz
 
 NAMES = ("qemu",)
 

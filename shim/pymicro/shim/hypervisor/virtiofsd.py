@@ -1,4 +1,5 @@
-"""virtiofsd: shares one host directory with a VM over vhost-user. The Rust program (Debian 13) or QEMU 7.2's C one (Debian 12).
+"""virtiofsd: shares one host directory with a VM over vhost-user. The Rust program (Debian 13) or QEMU 7.2's C one
+(Debian 12).
 
 The listening socket is bound here and passed on, so a VMM that connects can never come too early.
 """

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
-
 from pymicro.shim.channel.base import Channel, Listener
 from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
 from pymicro.shim.hypervisor.base import Boot, Device, Share, VmExit, VmSpec, Vsock
 from pymicro.shim.hypervisor.qemu import cmdline
 from pymicro.shim.hypervisor.qemu.vsock import vsock_backend
 from pymicro.shim.spawn import Place, Process, spawn
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
 logger = logging.getLogger(__name__)
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, with our context
@@ -24,7 +23,9 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us 
 
 @dataclass(frozen=True, slots=True)
 class Qemu:
-    """Launches QEMU VMs. `vsock_program` is None where the kernel has vhost-vsock; `timeout` (seconds) bounds each step."""
+    """Launches QEMU VMs. `vsock_program` is None where the kernel has vhost-vsock; `timeout` (seconds) bounds each
+    step.
+    """
 
     vsock_program: str | None
     tsc_khz: int

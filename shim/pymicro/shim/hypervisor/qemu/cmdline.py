@@ -13,7 +13,8 @@ ROOT_PORTS = 6
 # 2. no_timer_check: there is no i8254 to check.
 TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
 
-# 1. pcie_ports=native: this machine's ACPI grants no control over hot plug, and without it no device is ever noticed.
+# 1. quiet pcie_ports=native: this machine's ACPI grants no control over hot plug, and without it no device is ever
+# noticed.
 # 2. reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
 COMMON_ARGUMENTS = (
     "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pcie_ports=native"

@@ -56,13 +56,14 @@ async def vsock_backend(program: str | None, place: Place, timeout: float) -> As
         uds.unlink(missing_ok=True)
 
 
-async def _wait_for_socket(helper: Process, path: Path, timeout: float) -> None:  # noqa: ASYNC109  # names the limit in its message
+async def _wait_for_socket(helper: Process, path: Path, timeout: float) -> None:
     deadline = asyncio.get_running_loop().time() + timeout
     while not path.exists():
         if not helper.running:
             raise SandboxDied(str(VmExit(helper.name, await helper.wait(), helper.last_lines)))
         if asyncio.get_running_loop().time() > deadline:
             raise StepTimeout(
-                f"{helper.name} did not create {path} in {timeout:g} s (timeouts.vmm); its last lines: {helper.last_lines}"
+                f"{helper.name} did not create {path} in {timeout:g} s (timeouts.vmm);"
+                f" its last lines: {helper.last_lines}"
             )
         await asyncio.sleep(_POLL)
