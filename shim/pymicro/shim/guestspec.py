@@ -1,7 +1,7 @@
 """From a container's OCI runtime spec to the one that crun gets inside the guest, and what the host has to do for it.
 
 Pure: no file is looked at. Paths are those of the guest, where the container's root filesystem and its bind mounts
-appear in the pod's share; what only makes sense on the host is taken out; what a VM cannot do is refused with the reason.
+appear in the pod's share; what only makes sense on the host is taken out; what a VM cannot do is refused, with why.
 Covers runtime-spec 1.0 to 1.2.
 """
 
@@ -84,7 +84,7 @@ class HostHooks:
 
 @dataclass(frozen=True, slots=True)
 class GuestPlan:
-    """What crun gets, and what the host does before. `dropped` names what was left out and is worth a line in the log."""
+    """What crun gets, and what the host does before. `dropped` names what was left out that the log should mention."""
 
     spec: Json
     binds: tuple[Bind, ...]
