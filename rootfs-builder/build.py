@@ -8,6 +8,7 @@ Two cached layers, so that a change of the agent does not download Debian again:
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from guestimage import base, cache, image, tools
@@ -30,24 +31,42 @@ def build(update: bool) -> Path:
     versions = tools.versions()
     base_name = f"base-{base.key(versions)}"
     if not update:
-        cached = cache.published(root, base_name)
-        image_dir = cached and cache.published(root, f"image-{image.key(sources, versions, cached)}")
-        if image_dir:
-            return image_dir
+        with suppress(FileNotFoundError):  # no base layer yet, or one that is being renewed just now
+            found = cache.published(root, image_name(sources, versions, root / base_name))
+            if found:
+                return found
     if os.geteuid() != 0:
         raise BuildError("building the guest image needs root (mmdebstrap, chroot): run it with sudo")
     with cache.lock(root):
         cache.sweep(root)
-        base_dir = cache.ensure(root, base_name, lambda into: base.build(into, versions), renew=update)
-        image_name = f"image-{image.key(sources, versions, base_dir)}"
-        return cache.ensure(root, image_name, lambda into: image.build(into, sources, versions, base_dir))
+        base_dir = build_base(root, base_name, versions, update)
+        name = image_name(sources, versions, base_dir)
+        return cache.ensure(root, name, lambda into: image.build(into, sources, versions, base_dir))
+
+
+def image_name(sources: list[image.Source], versions: dict[str, str], base_dir: Path) -> str:
+    return f"image-{image.key(sources, versions, base_dir)}"
+
+
+def build_base(root: Path, name: str, versions: dict[str, str], update: bool) -> Path:
+    """Return the base layer's directory; with `update`, made anew, and say which packages that changed."""
+    before = base.packages(root / name) if cache.published(root, name) else {}
+    base_dir = cache.ensure(root, name, lambda into: base.build(into, versions), renew=update)
+    if before:
+        after = base.packages(base_dir)
+        for package in sorted({*before, *after}):
+            if before.get(package) != after.get(package):
+                tools.progress(f"{package}: {before.get(package, 'absent')} -> {after.get(package, 'absent')}")
+    return base_dir
 
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     try:
         directory = build(arguments.update)
-    except BuildError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (BuildError, OSError) as error:
         print(f"rootfs: {error}", file=sys.stderr)
         return 1
     tools.progress(f"guest image ready: {directory}")

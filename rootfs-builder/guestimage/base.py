@@ -10,6 +10,7 @@ from .bytecode import compile_tree
 from .tools import BuildError, capture, digest, file_sha256, progress, run
 
 SUITE = "trixie"
+ARCHITECTURE = "amd64"
 PACKAGES = ("python3-minimal", "libpython3-stdlib", "crun")
 ARCHIVE = "base.tar"
 EPOCH = 1_754_697_600
@@ -35,21 +36,27 @@ def build(into: Path, versions: dict[str, str]) -> None:
             (tree / name).symlink_to(f"usr/{name}")
     progress("trimming and precompiling")
     trim.trim(tree, lambda path: libraries(tree, path))
-    packages = installed(tree, debs)
+    present = installed(tree, debs)
     compile_tree(tree, standard_library(tree))
     pack(tree, into / ARCHIVE)
     shutil.rmtree(tree)
     shutil.rmtree(debs)
-    manifest = {
+    manifest: dict[str, object] = {
         "file": ARCHIVE,
         "sha256": file_sha256(into / ARCHIVE),
         "suite": SUITE,
-        "packages": packages,
-        "python": packages["python3.13-minimal"] if "python3.13-minimal" in packages else "unknown",
-        "crun": packages["crun"],
+        "packages": present,
+        "python": present.get("python3.13-minimal", "unknown"),
+        "crun": present["crun"],
         "tools": {"mmdebstrap": versions["mmdebstrap"]},
     }
     cache.write_manifest(into, manifest)
+
+
+def packages(base_dir: Path) -> dict[str, str]:
+    """Return name and version of each package in the base layer at `base_dir`."""
+    listed = cache.read_manifest(base_dir)["packages"]
+    return dict(listed) if isinstance(listed, dict) else {}
 
 
 def bootstrap(tree: Path, debs: Path) -> None:
@@ -63,6 +70,8 @@ def bootstrap(tree: Path, debs: Path) -> None:
     run(
         [
             *shield, "mmdebstrap", "--mode=root", "--variant=extract", "--format=directory",
+            f"--architectures={ARCHITECTURE}",
+            "--skip=chroot/mount",  # nothing of the guest runs in it, so nothing needs mounting
             f"--include={','.join(PACKAGES)}",
             *(f"--aptopt={line}" for line in mirror.apt_options()),
             f'--extract-hook=cp "$1"/var/cache/apt/archives/*.deb "{debs}"',
@@ -106,7 +115,7 @@ def standard_library(tree: Path) -> Path:
 
 
 def pack(tree: Path, archive: Path) -> None:
-    """Write `tree` to `archive`: sorted, owned by root, one time for all, so that the same tree gives the same bytes."""
+    """Write `tree` to `archive`, sorted, owned by root and of one time, so that the same tree gives the same bytes."""
 
     def normalise(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0

@@ -20,7 +20,16 @@ def compile_tree(tree: Path, directory: Path, *, optimize: int = 2) -> None:
     inside = Path("/") / directory.relative_to(tree)
     # The hash seed decides the order in which a frozenset constant is written.
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ["chroot", tree, "/usr/bin/python3", "-S", "-c", SCRIPT.read_text(), str(inside), str(optimize)]
+    command: list[str | Path] = [
+        "chroot",
+        tree,
+        "/usr/bin/python3",
+        "-S",
+        "-c",
+        SCRIPT.read_text(),
+        str(inside),
+        str(optimize),
+    ]
     capture(command, env=environment)
     for source in directory.rglob("*.py"):
         source.unlink()

@@ -10,7 +10,7 @@ def compile_below(directory: str, optimize: int) -> None:
         names.sort()  # the order of the walk is part of the result: constants are shared between modules
         for name in sorted(files):
             if name.endswith(".py"):
-                source = os.path.join(here, name)  # noqa: PTH118  # pathlib would be one more import to precompile with
+                source = os.path.join(here, name)
                 py_compile.compile(
                     source,
                     cfile=source + "c",

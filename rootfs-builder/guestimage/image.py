@@ -11,7 +11,7 @@ from .tools import BuildError, digest, file_sha256, progress, run
 IMAGE = "image.erofs"
 UUID = "70796d69-6372-6f00-8000-000000000001"
 PROGRAM_DIRECTORY = "usr/lib/pymicro"
-INIT = ("/usr/bin/python3", "-I", "-S", "-E", "-B", f"/{PROGRAM_DIRECTORY}/init.pyc")
+INIT = ("/usr/bin/python3", "-I", "-S", f"/{PROGRAM_DIRECTORY}/init.pyc")
 """How the kernel starts PID 1: the first word is init=, the others follow `--` on its command line."""
 
 MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "mnt", "root", "var")

@@ -2,8 +2,8 @@
 
 import sys
 
-sys.path.insert(0, "/usr/lib/pymicro")
+sys.path.append("/usr/lib/pymicro")  # last: the standard library's many look-ups are not to search here first
 
-from pymicro.agent.__main__ import main  # noqa: E402  # the path comes first
+from pymicro.agent.__main__ import main
 
 main()

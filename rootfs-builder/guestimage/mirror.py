@@ -8,11 +8,12 @@ from pathlib import Path
 from .tools import BuildError, capture
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-INDEX_FORMAT = "$(REPO_URI)|$(LABEL)|$(RELEASE)|$(COMPONENT)"
+INDEX_FORMAT = "$(REPO_URI)|$(LABEL)|$(COMPONENT)"
 PASSED_OPTIONS = ("Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::Check-Valid-Until")
 """What the host's administrator decided about the network holds for the image too, e.g. for a mirror that is behind."""
 
-CODENAMES = ("bullseye", "bookworm", "trixie", "forky", "sid", "stable", "testing", "unstable", "oldstable")
+UNLABELLED = {"debian": "Debian", "debian-security": "Debian-Security"}
+"""The label to assume from the last word of an address, where apt does not know it yet."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,20 @@ def find() -> Mirror:
 
 
 def from_index(listing: str) -> Mirror:
-    """Return the mirror that an `apt-get indextargets` listing in INDEX_FORMAT shows. Raises BuildError.
-
-    The label is empty until the host ran `apt-get update`: then the suite's name decides.
-    """
-    main: str | None = None
-    security: str | None = None
+    """Return the mirror that an `apt-get indextargets` listing in INDEX_FORMAT shows. Raises BuildError."""
+    found: dict[str, str] = {}
     for line in listing.splitlines():
-        uri, label, release, component = line.split("|")
-        if component != "main":
-            continue
-        if label == "Debian" or (not label and release in CODENAMES):
-            main = main or uri
-        elif label == "Debian-Security" or (
-            not label and release.split("-")[0].split("/")[0] in CODENAMES and "security" in release
-        ):
-            security = security or uri
-    if main is None:
+        uri, label, component = line.split("|")
+        # The label comes from the archive itself; it is empty until the host has run `apt-get update`.
+        archive = label or UNLABELLED.get(uri.rstrip("/").rpartition("/")[2])
+        if component == "main" and archive:
+            found.setdefault(archive, uri)
+    if "Debian" not in found:
         raise BuildError(
             "the host's apt has no Debian archive (no `main` line in its sources): "
             "set DEBIAN_MIRROR to the address of one, and DEBIAN_SECURITY_MIRROR to that of the security archive"
         )
-    return Mirror(main, security)
+    return Mirror(found["Debian"], found.get("Debian-Security"))
 
 
 def apt_options() -> list[str]:

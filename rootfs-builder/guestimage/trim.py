@@ -20,7 +20,6 @@ DROPPED_MODULES = (
     # tests, documentation, tools for developers
     "test", "idlelib", "ensurepip", "pydoc_data", "pydoc", "doctest", "unittest", "venv", "lib2to3", "_pyrepl",
     "config-*", "__phello__*", "pdb", "turtle*", "tkinter", "this", "antigravity", "LICENSE.txt",
-    "_sysconfigdata_*",
     # modules whose extension is dropped below
     "curses", "dbm", "sqlite3", "ssl", "lzma", "bz2",
     # servers and clients of protocols that the guest does not speak
@@ -32,7 +31,7 @@ DROPPED_MODULES = (
 
 DROPPED_EXTENSIONS = (
     "_test*", "_xxtest*", "xx*", "_ctypes_test", "_codecs_*", "_multibytecodec", "_curses*", "readline", "_dbm",
-    "_gdbm", "_sqlite3", "_tkinter", "_lsprof", "_bz2", "_lzma",
+    "_gdbm", "_sqlite3", "_tkinter", "_bz2", "_lzma",
     # OpenSSL is 6 MB; hashlib has its own code for the usual algorithms
     "_ssl", "_hashlib",
 )  # fmt: skip
