@@ -7,10 +7,6 @@ from typing import Any
 
 from pymicro.shim.errors import InvalidRequest
 
-SANDBOX_ID = "io.kubernetes.cri.sandbox-id"
-CONTAINER_TYPE = "io.kubernetes.cri.container-type"
-GROUP = "io.containerd.runc.v2.group"
-
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -51,10 +47,3 @@ class Bundle:
         """The network namespace that the spec names, "" for a new one."""
         namespaces = (self.spec.get("linux") or {}).get("namespaces") or []
         return next((str(ns.get("path") or "") for ns in namespaces if ns.get("type") == "network"), "")
-
-
-def sandbox_of(annotations: dict[str, str], container_id: str) -> str:
-    """Return the id of the sandbox that a container with these annotations belongs to: its own, or its pod's."""
-    if annotations.get(CONTAINER_TYPE) == "container" and annotations.get(SANDBOX_ID):
-        return annotations[SANDBOX_ID]
-    return annotations.get(GROUP) or container_id

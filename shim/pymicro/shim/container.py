@@ -43,6 +43,7 @@ class Container:
     pod: Pod
     resources: AsyncExitStack
     anchor: Anchor = field(init=False)
+    guest_pid: int = 0
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -1,14 +1,16 @@
 """`containerd-shim-pymicro-v1 delete`: free whatever a sandbox left, whoever was killed when.
 
 containerd runs it after every normal end as well, so it is quick when there is nothing to do. A container that shares
-its VM with others has no sandbox of its own: it ends with its pod, whose `delete` frees everything.
+its VM with others leaves it alone while the shim lives: the shim knows when the last one is gone.
 """
 
+import json
 import os
 import time
 
 from pymicro.shim import state
 from pymicro.shim.arguments import Arguments
+from pymicro.shim.grouping import sandbox_of
 
 KILLED = 137
 
@@ -34,8 +36,27 @@ def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
 
 
 def delete(arguments: Arguments) -> None:
-    """Free the sandbox and answer on stdout."""
-    directory = state.directory(arguments.address, arguments.namespace, arguments.id)
-    if os.path.isdir(directory):
+    """Free what nobody uses any more and answer on stdout."""
+    sandbox_id = _sandbox_id(arguments)
+    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    if os.path.isdir(directory) and not _in_use(directory, arguments.id, shared=sandbox_id != arguments.id):
         state.free(directory)
     os.write(1, delete_response(KILLED, time.time_ns()))
+
+
+def _sandbox_id(arguments: Arguments) -> str:
+    try:
+        with open(os.path.join(arguments.bundle, "config.json"), encoding="utf-8") as file:
+            return sandbox_of(json.load(file).get("annotations") or {}, arguments.id)
+    except (OSError, ValueError, AttributeError):
+        return arguments.id
+
+
+def _in_use(directory: str, container_id: str, *, shared: bool) -> bool:
+    """Tell whether other containers live in the sandbox, or may be about to: then it is not ours to end."""
+    recorded = state.read(directory)
+    if not state.shim_runs(recorded):
+        return False
+    containers = recorded.get("containers")
+    others = [one for one in containers if one != container_id] if isinstance(containers, list) else []
+    return shared or bool(others)

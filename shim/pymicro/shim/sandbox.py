@@ -200,7 +200,9 @@ class Sandbox:
             self._creating.discard(request.id)
 
     async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
-        plan = guestspec.build(bundle.spec, request.id)
+        plan = guestspec.build(bundle.spec, request.id, self._guest_pids())
+        if plan.dropped:
+            logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
         place = await asyncio.shield(self._place)
         process = Process(request.id, "", request.stdio)
         streams = await self.open_stdio(process)
@@ -225,6 +227,12 @@ class Sandbox:
         self._timeline.span("create", up)
         self.events.created(request, container.anchor.pid)
         return container
+
+    def _guest_pids(self) -> dict[int, int]:
+        """By task pid (an anchor's, on the host) the pid of the container's init in the guest."""
+        return {
+            container.anchor.pid: container.guest_pid for container in self.containers.values() if container.guest_pid
+        }
 
     def _make_cgroup(self, container_id: str, bundle: Bundle, stack: AsyncExitStack) -> tuple[str, ...]:
         groups = cgroup.directories(cgroup.relative_path(bundle.cgroups_path, f"pymicro/{container_id}"))
@@ -266,6 +274,7 @@ class Sandbox:
         container = self.container(container_id)
         deleted = await container.delete()
         self.containers.pop(container_id, None)
+        self._note()
         if self.idle:
             self._life.cancel()
         return deleted

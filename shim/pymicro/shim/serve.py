@@ -65,6 +65,7 @@ async def _serve(start: Start, listener: socket.socket) -> None:
         os.unlink(start.socket_path)
     rootfs.unmount_below(start.directory)
     shutil.rmtree(start.directory, ignore_errors=True)
+    service.cleaned_up.set()
     await server.close()
     with suppress(asyncio.CancelledError):
         await serving

@@ -28,6 +28,8 @@ class TaskService:
     def __init__(self, sandbox: Sandbox | ShimError) -> None:
         self._sandbox_or_error = sandbox
         self.shutdown_requested = asyncio.Event()
+        self.cleaned_up = asyncio.Event()
+        """Set by the daemon when nothing of the sandbox is left; Shutdown answers then."""
 
     def methods(self) -> dict[str, tuple[type[Message], Handler]]:
         """Return the request type and handler of each RPC, by its name."""
@@ -127,8 +129,12 @@ class TaskService:
         return response
 
     async def shutdown(self, _request: task_pb2.ShutdownRequest) -> Empty:
-        """End the shim, unless containers remain: containerd asks for each container of a pod."""
+        """End the shim, unless containers remain: containerd asks for each container of a pod.
+
+        The answer comes when everything is freed: containerd runs `delete` next, which must not find us half way.
+        """
         sandbox = self._sandbox_or_error
         if isinstance(sandbox, ShimError) or sandbox.idle:
             self.shutdown_requested.set()
+            await self.cleaned_up.wait()
         return Empty()

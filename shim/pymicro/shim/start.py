@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from pymicro.shim import state
 from pymicro.shim.arguments import Arguments
-from pymicro.shim.bundle import sandbox_of
+from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 
 SOCKET_DIRECTORY = "/run/containerd/s"
 _BACKLOG = 128
@@ -36,7 +36,7 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     if listener is None:
         _answer(path)
         return
-    if sandbox_id != arguments.id and annotations.get("io.kubernetes.cri.container-type") == "container":
+    if joins_running_sandbox(annotations):
         listener.close()
         os.unlink(path)
         raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")

@@ -30,6 +30,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._failure: BaseException | None = None
         self._lost = asyncio.Event()
+        self._abort_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         state = "lost" if self._lost.is_set() else "closing" if self._closing else "open"
@@ -82,6 +83,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._failure = self._failure or exc
         self._end()
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
         self._writable.set()
         self._lost.set()
 
