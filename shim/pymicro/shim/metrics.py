@@ -1,7 +1,7 @@
 """A container's statistics: from the guest's cgroup v2 files to the message that the host's clients expect.
 
-Clients take their host's cgroup mode for the container's, so on a v1 host the guest's v2 numbers are told in v1's terms, as
-containerd's runc shim fills them. The meaning of the files: admin-guide/cgroup-v2.rst of the kernel.
+Clients take their host's cgroup mode for the container's, so on a v1 host the guest's v2 numbers are told in v1's terms,
+as containerd's runc shim fills them. The meaning of the files: admin-guide/cgroup-v2.rst of the kernel.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from pymicro.protos import cgroups_v1_pb2 as v1
 from pymicro.protos import cgroups_v2_pb2 as v2
 from pymicro.shim import cgroup
+from pymicro.shim.errors import GuestError
 
 UNLIMITED = (1 << 64) - 1
 """What cgroup v2 messages carry for "max"."""
@@ -34,8 +35,11 @@ _V1_MEMORY = {
 
 
 def for_this_host(files: Files) -> v1.Metrics | v2.Metrics:
-    """Return the statistics in the message that fits the host's cgroup mode."""
-    return v2_metrics(files) if cgroup.is_v2() else v1_metrics(files)
+    """Return the statistics in the message that fits the host's cgroup mode. Raises GuestError for nonsense."""
+    try:
+        return v2_metrics(files) if cgroup.is_v2() else v1_metrics(files)
+    except (ValueError, TypeError, AttributeError) as error:  # the guest is not to be trusted with the form of a file
+        raise GuestError(f"the guest's statistics make no sense: {error}") from error
 
 
 def v2_metrics(files: Files) -> v2.Metrics:
@@ -71,7 +75,7 @@ def v2_metrics(files: Files) -> v2.Metrics:
 
 
 def v1_metrics(files: Files) -> v1.Metrics:
-    """Return the statistics as a cgroup v1 host has them. What v2 does not count stays 0: usage per CPU, pages in and out."""
+    """Return the statistics as a cgroup v1 host has them; what v2 does not count (usage per CPU, paging) stays 0."""
     cpu, events = _table(files, "cpu.stat"), _table(files, "memory.events")
     pids_limit = _number(files, "pids.max")
     metrics = v1.Metrics(
