@@ -1,7 +1,7 @@
 """A container's statistics: from the guest's cgroup v2 files to the message that the host's clients expect.
 
-Clients take their host's cgroup mode for the container's: on a v1 host the guest's v2 numbers are told in v1's terms, as
-containerd's runc shim fills them. The meaning of the files: admin-guide/cgroup-v2.rst of the kernel.
+Clients take their host's cgroup mode for the container's: on a v1 host the guest's v2 numbers are told in v1's terms,
+as containerd's runc shim fills them. The meaning of the files: admin-guide/cgroup-v2.rst of the kernel.
 """
 
 from collections.abc import Iterator, Mapping
