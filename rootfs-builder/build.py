@@ -62,6 +62,8 @@ def build_base(root: Path, name: str, versions: dict[str, str], update: bool) ->
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    os.umask(0o022)  # the caller's would show in the image
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # a plain `su` leaves these out
     try:
         directory = build(arguments.update)
     except KeyboardInterrupt:

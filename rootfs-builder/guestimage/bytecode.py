@@ -18,8 +18,8 @@ def compile_tree(tree: Path, directory: Path, *, optimize: int = 2) -> None:
     `optimize` is the interpreter's level: 2 drops assertions and docstrings (smaller, so faster to load), 0 nothing.
     """
     inside = Path("/") / directory.relative_to(tree)
-    # The hash seed decides the order in which a frozenset constant is written.
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Nothing of the caller's environment. The hash seed decides the order in which a frozenset constant is written.
+    environment = {"PATH": os.environ["PATH"], "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     command: list[str | Path] = [
         "chroot",
         tree,
