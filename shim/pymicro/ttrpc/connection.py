@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 from abc import abstractmethod
+from asyncio.trsock import TransportSocket
 
 from pymicro.ttrpc import frame as frames
 from pymicro.ttrpc.frame import Decoder, Frame, Oversize
@@ -43,6 +44,13 @@ class Connection(asyncio.Protocol):
     @abstractmethod
     def ended(self) -> None:
         """No more frames will come: end everything that waits for one. Called once."""
+
+    @property
+    def socket(self) -> TransportSocket:
+        """The socket below, to ask about its options and addresses only."""
+        sock = self.transport.get_extra_info("socket")
+        assert isinstance(sock, TransportSocket)
+        return sock
 
     # From the peer
 

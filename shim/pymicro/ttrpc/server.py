@@ -39,7 +39,6 @@ class Server:
         self._status_of = status_of
         self._authorize = authorize
         self._stall = stall
-        self._connections: set[ServerConnection] = set()
         self._closing = asyncio.Event()
         self._serving = 0
         self._idle = asyncio.Event()
@@ -47,7 +46,7 @@ class Server:
 
     def __repr__(self) -> str:
         state = "closing" if self._closing.is_set() else "serving" if self._serving else "idle"
-        return f"<Server {state} connections={len(self._connections)}>"
+        return f"<Server {state}>"
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept connections on `listener`, a listening stream socket, until cancelled or closed.
@@ -55,44 +54,58 @@ class Server:
         Takes the socket over and closes it, as well as every connection, and waits for the handlers, which are
         cancelled. The path of a unix socket is left to whoever bound it.
         """
-        loop = asyncio.get_running_loop()
         self._serving += 1
         self._idle.clear()
-        connections: set[ServerConnection] = set()
         try:
             async with asyncio.TaskGroup() as group:
-                acceptor = await loop.create_server(lambda: self._connection(group, connections), sock=listener)
-                try:
-                    await self._closing.wait()
-                finally:
-                    acceptor.close()
-                    for connection in tuple(connections):
-                        connection.close()
-                    for connection in tuple(connections):
-                        await connection.wait_lost()
+                await self._accept(listener, group)
         finally:
             self._serving -= 1
             if not self._serving:
                 self._idle.set()
 
+    async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
+        connections: set[ServerConnection] = set()
+        open_ = True
+
+        def made(connection: ServerConnection) -> bool:
+            connections.add(connection)
+            return open_ and self._admit(connection)
+
+        def new() -> ServerConnection:
+            return ServerConnection(
+                self._services,
+                spawn=group.create_task,
+                status_of=self._status_of,
+                stall=self._stall,
+                made=made,
+                lost=connections.discard,
+            )
+
+        acceptor = await asyncio.get_running_loop().create_server(new, sock=listener)
+        try:
+            await self._closing.wait()
+        finally:
+            open_ = False
+            acceptor.close()
+            for connection in tuple(connections):
+                connection.close()
+            for connection in tuple(connections):
+                await connection.wait_lost()
+
+    def _admit(self, connection: ServerConnection) -> bool:
+        if self._authorize is None:
+            return True
+        try:
+            admitted = self._authorize(connection.socket)
+        except Exception:  # noqa: BLE001 -- a check that breaks must not let anyone in
+            _log.exception("a connection is refused because its check failed")
+            return False
+        if not admitted:
+            _log.warning("a connection to %s is refused", connection.socket.getsockname())
+        return admitted
+
     async def close(self) -> None:
         """Stop serving: send the answers that are ready, cancel the other handlers, close. For good."""
         self._closing.set()
         await self._idle.wait()
-
-    def _connection(self, group: asyncio.TaskGroup, connections: set[ServerConnection]) -> ServerConnection:
-        connection = ServerConnection(
-            self._services,
-            spawn=group.create_task,
-            status_of=self._status_of,
-            stall=self._stall,
-            authorize=self._authorize,
-            on_lost=lambda: self._drop(connection, connections),
-        )
-        connections.add(connection)
-        self._connections.add(connection)
-        return connection
-
-    def _drop(self, connection: ServerConnection, connections: set[ServerConnection]) -> None:
-        connections.discard(connection)
-        self._connections.discard(connection)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
 from google.protobuf.message import DecodeError, Message
-
 from pymicro.ttrpc import frame as frames
 from pymicro.ttrpc.connection import Connection
 from pymicro.ttrpc.status import Code, StatusError
@@ -212,7 +211,10 @@ class ClientStream(_Stream[InT, OutT]):
             self._half_close()
 
     def close(self) -> None:
-        """Give the stream up. ttrpc cannot cancel one: the server sees the end of our messages, and its own are dropped."""
+        """Give the stream up.
+
+        ttrpc cannot cancel one: the server sees the end of our messages, and its own are dropped.
+        """
         if self._may_send and not self.inbox.ended and not self._connection.closing:
             self._half_close()
         self._may_send = False
