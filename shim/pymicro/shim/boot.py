@@ -215,7 +215,10 @@ def _record_guest(timeline: Timeline, running: int, said: int, hello: dict[str, 
 
 
 def _console(lines: Sequence[str]) -> str:
-    return "the console's last lines: " + (" | ".join(lines[-8:]) if lines else "none")
+    """The console's last lines; of a kernel panic those up to its cause, not the registers."""
+    panic = next((n for n, line in enumerate(lines) if "Kernel panic" in line), None)
+    chosen = lines[-8:] if panic is None else lines[max(0, panic - 5) : panic + 1]
+    return "the console's last lines: " + (" | ".join(chosen) if chosen else "none")
 
 
 def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pymicro.protos import events_pb2, forward_pb2, types_pb2
 from pymicro.shim.requests import CreateContainer, Exit
-from pymicro.ttrpc.client import Client
+from pymicro.ttrpc import Client, Code, Error, StatusError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ TOPICS: dict[type[Message], str] = {
     events_pb2.TaskPaused: "/tasks/paused",
     events_pb2.TaskResumed: "/tasks/resumed",
 }
+REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED})
 _FORWARD_TIMEOUT = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -124,8 +125,7 @@ class Publisher:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        if self._client is not None:
-            await self._client.close()
+        await self._disconnect()
 
     async def _run(self) -> None:
         while True:
@@ -140,13 +140,20 @@ class Publisher:
                 if self._client is None:
                     self._client = await Client.connect(self._address)
                 await self._client.call(SERVICE, "Forward", request, Empty, timeout=_FORWARD_TIMEOUT)
-            except Exception as error:  # noqa: BLE001  # whatever went wrong, the event must not be lost
+            except StatusError as error:
+                if error.code in REFUSED:  # it would say the same for ever, and every later event would wait
+                    logger.error("containerd refused an event, which is lost: %s", error)  # noqa: TRY400
+                    return
                 logger.warning("containerd did not take an event: %s; trying again in %.2g s", error, pause)
-                if self._client is not None:
-                    with suppress(Exception):
-                        await self._client.close()
-                    self._client = None
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+            except (Error, OSError) as error:
+                logger.warning("containerd cannot be reached for an event: %s; trying again in %.2g s", error, pause)
+                await self._disconnect()
             else:
                 return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import struct
+from asyncio.trsock import TransportSocket
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from pymicro.shim.events import Publisher
 from pymicro.shim.sandbox import Identity, Sandbox
 from pymicro.shim.service import SERVICES, TaskService
 from pymicro.shim.timeline import Timeline
-from pymicro.ttrpc.server import Method, Server
+from pymicro.ttrpc import Method, Server
 
 EVENTS_LIMIT = 5.0
 """Seconds that the last events may take at the end; containerd may be gone for good."""
@@ -89,11 +90,11 @@ def _set_up_logs(start: Start, settings: Settings) -> None:
     logs.set_up("debug" if start.debug else settings.log.level)
 
 
-def _status_of(error: BaseException) -> tuple[int, str]:
-    return status_code(error), str(error)
+def _status_of(error: BaseException) -> tuple[int, str] | None:
+    return (status_code(error), str(error)) if isinstance(error, ShimError) else None
 
 
-def _same_user(client: socket.socket) -> bool:
+def _same_user(client: TransportSocket) -> bool:
     """Only the user who runs this shim may command it: the socket's mode says so, and so do the peer's credentials."""
     size = struct.calcsize("3i")
     _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))

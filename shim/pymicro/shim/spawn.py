@@ -21,7 +21,7 @@ from pymicro.shim.errors import HostMissing
 
 logger = logging.getLogger(__name__)
 
-KEPT_LINES = 40
+KEPT_LINES = 80
 LONGEST_LINE = 500
 _READ_SIZE = 64 * 1024
 

@@ -7,12 +7,14 @@ freeing what was never made is harmless.
 import hashlib
 import json
 import os
-import shutil
 import signal
 from contextlib import suppress
-from typing import Any
 
 from pymicro.shim import cgroup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 DEFAULT_RUN = "/run/pymicro"
 STATE_FILE = "state.json"
@@ -29,7 +31,7 @@ def directory(address: str, namespace: str, sandbox_id: str, run: str = DEFAULT_
     return os.path.join(run, key(address, namespace, sandbox_id))
 
 
-def write(run_directory: str, state: dict[str, Any]) -> None:
+def write(run_directory: str, state: "dict[str, Any]") -> None:
     """Record `state`, replacing the file in one step."""
     temporary = os.path.join(run_directory, STATE_FILE + ".new")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -37,7 +39,7 @@ def write(run_directory: str, state: dict[str, Any]) -> None:
     os.replace(temporary, os.path.join(run_directory, STATE_FILE))
 
 
-def read(run_directory: str) -> dict[str, Any]:
+def read(run_directory: str) -> "dict[str, Any]":
     """Return what is recorded; an empty dict where there is nothing, or nothing that can be read."""
     try:
         with open(os.path.join(run_directory, STATE_FILE), encoding="utf-8") as file:
@@ -59,7 +61,7 @@ def start_time(pid: int) -> int:
         return 0
 
 
-def shim_runs(state: dict[str, Any]) -> bool:
+def shim_runs(state: "dict[str, Any]") -> bool:
     """Tell whether the shim that wrote `state` is alive."""
     pid, started = state.get("shim_pid"), state.get("shim_start_time")
     return isinstance(pid, int) and pid > 1 and bool(started) and start_time(pid) == started
@@ -67,6 +69,8 @@ def shim_runs(state: dict[str, Any]) -> bool:
 
 def free(run_directory: str) -> None:
     """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in."""
+    import shutil
+
     state = read(run_directory)
     if shim_runs(state) and state["shim_pid"] != os.getpid():
         with suppress(ProcessLookupError):

@@ -135,7 +135,14 @@ class QemuVm:
             for wait in waits:
                 wait.cancel()
         ended = next(iter(done))
-        return VmExit(waits[ended].name, ended.result(), waits[ended].last_lines[-10:])
+        process = waits[ended]
+        words = self._last_words if process is self._process else process.last_lines[-10:]
+        return VmExit(process.name, ended.result(), words)
+
+    @property
+    def _last_words(self) -> Sequence[str]:
+        """What QEMU itself said, without the guest's console."""
+        return self._process.logs[1].lines[-10:]
 
     def console(self) -> Sequence[str]:
         """Return the last lines of the guest's console."""
@@ -151,14 +158,14 @@ class QemuVm:
                 await call
         except TimeoutError:
             raise StepTimeout(
-                f"QEMU did not answer {what} in {limit:g} s (timeouts.vmm); its last lines: {self._process.last_lines}"
+                f"QEMU did not answer {what} in {limit:g} s (timeouts.vmm); its last lines: {self._last_words}"
             ) from None
         except ExecuteError as error:
             raise SandboxDied(f"QEMU refused {what}: {error}") from error
         except (QMPError, ExecInterruptedError, StateError, EOFError, OSError) as error:
             # the monitor breaks a moment before the process can be reaped; its last words say more than the broken pipe
             async with asyncio.timeout(limit):
-                exit_ = VmExit("qemu", await self._end(), self._process.last_lines[-10:])
+                exit_ = VmExit("qemu", await self._end(), self._last_words)
             raise SandboxDied(f"{exit_} (at {what})") from error
 
     async def _end(self) -> int:

@@ -18,7 +18,7 @@ TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
 # 2. reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
 COMMON_ARGUMENTS = (
     "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pcie_ports=native"
-    " init=/usr/bin/python3 {accel}-- -I -S -E -B /usr/lib/pymicro/init.pyc"
+    " init=/usr/bin/python3 {accel}-- -I -S /usr/lib/pymicro/init.pyc"
 )
 
 
