@@ -1,0 +1,54 @@
+"""Threads and a one-time event on top of `_thread`: the part of threading that the agent needs."""
+
+import posix
+from _thread import allocate_lock, start_new_thread
+
+from pymicro.agent import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONSOLE = 2
+
+
+def log(text: str) -> None:
+    """Write one line to the VM's console. A broken console is nobody's problem."""
+    try:  # noqa: SIM105  # contextlib is not imported
+        posix.write(CONSOLE, f"pymicro: {text}\n".encode())
+    except OSError:
+        pass
+
+
+def start_thread(function: "Callable[..., None]", *arguments: object) -> None:
+    """Run the function in a thread of its own; an exception that it lets out is logged."""
+    start_new_thread(_guarded, (function, arguments))
+
+
+def _guarded(function: "Callable[..., None]", arguments: "tuple[object, ...]") -> None:
+    try:
+        function(*arguments)
+    except Exception as error:  # noqa: BLE001  # the last place that can say why
+        log(f"defect: {errors.summary(error)}")
+
+
+class Event:
+    """Something that happens once; any number of threads may wait for it."""
+
+    __slots__ = ("_lock", "happened")
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._lock = allocate_lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Wake every waiter. To be called once."""
+        self.happened = True
+        self._lock.release()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Wait at most `timeout` seconds, for ever by default; tell whether it happened."""
+        if not self.happened and self._lock.acquire(timeout=timeout):
+            self._lock.release()  # pass it on to the next waiter
+        return self.happened

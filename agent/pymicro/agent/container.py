@@ -1,0 +1,198 @@
+"""One container: its bundle and cgroup in the guest, its init and its execs, and the steps of their lives."""
+
+import posix
+import time
+from _thread import allocate_lock
+
+from pymicro.agent import cgroups, files
+from pymicro.agent.crun import Crun, in_runc_words
+from pymicro.agent.errors import AlreadyExists, NotFound, RuntimeFailed, WrongState
+from pymicro.agent.process import Process
+from pymicro.wire.frames import PREFIX_SIZE, encode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pymicro.agent.control import Control
+    from pymicro.agent.reaper import Reaper
+    from pymicro.wire.messages import Streams
+
+BUNDLES = "/run/pymicro/containers"
+EXEC_EXIT_LIMIT = 5.0
+"""Seconds that the init's exit event waits at most for the exit events of the container's execs."""
+
+
+class Container:
+    """Wraps crun's container of the same id. The host serialises what must be: this guards its own data only."""
+
+    def __init__(self, control: "Control", reaper: "Reaper", container_id: str, spec: "dict[str, Any]") -> None:
+        """Take an OCI spec; nothing is done yet."""
+        self.id = container_id
+        self.directory = f"{BUNDLES}/{container_id}"
+        self.execs: dict[str, Process] = {}
+        self._control = control
+        self._reaper = reaper
+        self._crun = Crun(reaper, self.directory)
+        self._lock = allocate_lock()
+        linux = spec.setdefault("linux", {})
+        path = linux.get("cgroupsPath") or f"{cgroups.PARENT}/{container_id}"
+        linux["cgroupsPath"] = path = f"/{path.strip('/')}"
+        self._spec = spec
+        self._group = cgroups.ROOT + path
+        namespaces = linux.get("namespaces") or []
+        self._own_pids = any(item.get("type") == "pid" and not item.get("path") for item in namespaces)
+        self.init = Process(control, reaper, container_id, None)
+
+    def __repr__(self) -> str:
+        return f"<Container {self.id} {self.init!r} execs={list(self.execs)}>"
+
+    def create(self, streams: "Streams", terminal: bool) -> None:
+        """Run `crun create`. Nothing is left of it if that raises."""
+        files.make_directories(self.directory, 0o700)
+        write_json(f"{self.directory}/config.json", self._spec)
+        self._reaper.expect()
+        try:
+            self._launch_init(streams, terminal)
+            self.init.watch(self._before_init_report)
+        except BaseException:
+            self._undo_create()
+            raise
+        finally:
+            self._reaper.forget()
+            self._spec = {}
+
+    def _launch_init(self, streams: "Streams", terminal: bool) -> None:
+        def command(pid_file: str, console_socket: str, stdio: "tuple[int, int, int] | None") -> None:
+            options = ["--console-socket", console_socket] if console_socket else []
+            self._crun.run("create", "--bundle", self.directory, "--pid-file", pid_file, *options, self.id, stdio=stdio)
+
+        try:
+            self.init.launch(streams, terminal, self.directory, command)
+        except RuntimeFailed as error:
+            raise RuntimeFailed(in_runc_words(str(error), first_word(self._spec.get("process")))) from error
+
+    def _undo_create(self) -> None:
+        self.init.close()
+        try:  # noqa: SIM105  # contextlib is not imported
+            self._crun.run("delete", "--force", self.id)
+        except RuntimeFailed:  # it may never have existed
+            pass
+        cgroups.remove(self._group)
+        files.remove_tree(self.directory)
+
+    def start(self) -> None:
+        """Run `crun start`. Raises WrongState if the init has exited."""
+        if self.init.exited:
+            raise WrongState("the container's init has exited")
+        try:
+            self._crun.run("start", self.id)
+        except RuntimeFailed:
+            if self.init.exited:
+                raise WrongState("the container's init has exited") from None
+            raise
+
+    def start_exec(self, process: Process, spec: "dict[str, Any]", streams: "Streams", terminal: bool) -> None:
+        """Run `crun exec` for a process made by `add_exec`. Nothing is left of it if that raises."""
+        spec_file = f"{self.directory}/{process.exec_id}.json"
+        write_json(spec_file, spec)
+
+        def command(pid_file: str, console_socket: str, stdio: "tuple[int, int, int] | None") -> None:
+            options = ["--console-socket", console_socket] if console_socket else []
+            self._crun.run(
+                "exec", "--process", spec_file, "--detach", "--pid-file", pid_file, *options, self.id, stdio=stdio
+            )
+
+        self._reaper.expect()
+        try:
+            process.launch(streams, terminal, self.directory, command)
+            process.watch(bool)
+        except BaseException as error:
+            self.forget_exec(process)
+            if self.init.exited:
+                raise WrongState("the container's init has exited") from error
+            if isinstance(error, RuntimeFailed):
+                raise RuntimeFailed(in_runc_words(str(error), first_word(spec))) from error
+            raise
+        finally:
+            self._reaper.forget()
+            posix.unlink(spec_file)
+
+    def add_exec(self, exec_id: str) -> Process:
+        """Return a new process. Raises AlreadyExists."""
+        with self._lock:
+            if exec_id in self.execs:
+                raise AlreadyExists(f"container {self.id} has an exec {exec_id} already")
+            process = Process(self._control, self._reaper, self.id, exec_id)
+            self.execs[exec_id] = process
+            return process
+
+    def forget_exec(self, process: Process) -> None:
+        """Close an exec's streams and forget it."""
+        process.close()
+        with self._lock:
+            self.execs.pop(process.exec_id or "", None)
+
+    def find(self, exec_id: "str | None") -> Process:
+        """Return the init, or the exec of that id. Raises NotFound."""
+        if exec_id is None:
+            return self.init
+        process = self.execs.get(exec_id)
+        if process is None:
+            raise NotFound(f"container {self.id} has no exec {exec_id}")
+        return process
+
+    def _before_init_report(self) -> bool:
+        """Let the init's exit be the container's last; tell whether memory ran out."""
+        if not self._own_pids:
+            cgroups.send_signal(self._group, cgroups.SIGKILL)  # the kernel does it where the init had the namespace
+        deadline = time.monotonic() + EXEC_EXIT_LIMIT
+        for process in list(self.execs.values()):
+            if process.pid:
+                process.reported.wait(max(0.0, deadline - time.monotonic()))
+        return cgroups.out_of_memory(self._group)
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to every process of the container. Raises NotFound if there is none."""
+        if not cgroups.send_signal(self._group, number):
+            raise NotFound("process already finished")
+
+    def pause(self) -> None:
+        self._crun.run("pause", self.id)
+
+    def resume(self) -> None:
+        self._crun.run("resume", self.id)
+
+    def update(self, resources: "dict[str, Any]") -> None:
+        """Apply an OCI `linux.resources` object. Raises RuntimeFailed, WrongState."""
+        if self.init.exited:
+            raise WrongState("the container's init has exited")
+        path = f"{self.directory}/resources.json"
+        write_json(path, resources)
+        self._crun.run("update", "--resources", path, self.id)
+
+    def pids(self) -> "list[int]":
+        return cgroups.pids(self._group)
+
+    def stats(self) -> "dict[str, str]":
+        return cgroups.stats(self._group)
+
+    def delete(self) -> None:
+        """Kill what is left, run `crun delete` and remove every trace. Raises RuntimeFailed, OSError."""
+        self._crun.run("delete", "--force", self.id)
+        cgroups.remove(self._group)
+        if self.init.pid:
+            self.init.reported.wait(EXEC_EXIT_LIMIT)
+        for process in (*self.execs.values(), self.init):
+            process.close()
+        files.remove_tree(self.directory)
+
+
+def first_word(process: "dict[str, Any] | None") -> str:
+    """Return the program of an OCI `process` object."""
+    arguments = (process or {}).get("args") or [""]
+    return str(arguments[0])
+
+
+def write_json(path: str, value: "dict[str, Any]") -> None:
+    files.write_bytes(path, encode(value)[PREFIX_SIZE:])
