@@ -2,16 +2,20 @@
 """Generate the Python classes and their type stubs from the .proto files: `python protos/generate.py`.
 
 Needs grpcio-tools, whose version decides the bytes; the generated files name the protobuf version that they need.
-With `--out DIR` the files go there instead of into the work tree, which lets a test compare the two.
+`--check` writes nothing and fails when the committed files are not what the .proto files say.
 """
 
 import argparse
+import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_VERSION = re.compile("^# Protobuf Python Version: (.+)$", re.MULTILINE)
+_DESCRIPTOR = re.compile(r"AddSerializedFile\((b.+)\)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,42 @@ def generate(package: Package, out: Path) -> None:
         raise RuntimeError(f"protoc ended with {status} on {package.sources}")
 
 
+def stale(package: Package, fresh: Path) -> list[Path]:
+    """Return the committed modules of `package` that say something else than those below `fresh`, or are missing."""
+    here = ROOT / package.portion / package.name
+    there = fresh / package.portion / package.name
+    names = {path.name for directory in (here, there) for path in directory.glob("*_pb2.py")}
+    return [here / name for name in sorted(names) if not _current(here / name, there / name)]
+
+
+def _current(committed: Path, fresh: Path) -> bool:
+    pairs = [(committed, fresh), (committed.with_suffix(".pyi"), fresh.with_suffix(".pyi"))]
+    if not all(path.is_file() for pair in pairs for path in pair):
+        return False
+    old, new = committed.read_text(), fresh.read_text()
+    if _VERSION.findall(old) == _VERSION.findall(new):
+        return all(left.read_bytes() == right.read_bytes() for left, right in pairs)
+    # Another version of grpcio-tools writes other code around the same messages.
+    return _DESCRIPTOR.findall(old) == _DESCRIPTOR.findall(new) != []
+
+
 def main() -> int:
-    """Generate every package; return the exit status."""
+    """Generate or check every package; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say which files are not current")
     parser.add_argument("--out", type=Path, default=ROOT, help="write below this directory instead")
-    out = parser.parse_args().out
-    for package in PACKAGES:
-        generate(package, out)
-    return 0
+    arguments = parser.parse_args()
+    if not arguments.check:
+        for package in PACKAGES:
+            generate(package, arguments.out)
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        for package in PACKAGES:
+            generate(package, Path(directory))
+        wrong = [path for package in PACKAGES for path in stale(package, Path(directory))]
+    for path in wrong:
+        print(f"{path.relative_to(ROOT)} is not current: run protos/generate.py", file=sys.stderr)  # noqa: T201 -- its output
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
