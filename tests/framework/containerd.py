@@ -55,8 +55,8 @@ class Containerd:
     A long directory is served from a short link in /run, because socket paths are limited.
     """
 
-    def __init__(self, version: str, directory: Path, *, run: Path | None = None) -> None:
-        """`run` is where the shim keeps its sandboxes, instead of the default /run/pymicro."""
+    def __init__(self, version: str, directory: Path, *, run: Path | None = None, namespace: str = "default") -> None:
+        """`run`: where the shim keeps its sandboxes, instead of /run/pymicro. `namespace`: the clients' default."""
         if version not in VERSIONS:
             raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
         self.version = version
@@ -67,6 +67,8 @@ class Containerd:
         self.address = str(self.home / "containerd.sock")
         self.settings = self.home / "config.toml"
         self.run = run
+        self.namespace = namespace
+        self._child: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Containerd {self.version} at {self.home}>"
@@ -81,7 +83,7 @@ class Containerd:
         """What `ctr` and `pymicroctl` need to reach this daemon and its settings."""
         return {
             "CONTAINERD_ADDRESS": self.address,
-            "CONTAINERD_NAMESPACE": "default",
+            "CONTAINERD_NAMESPACE": self.namespace,
             "PYMICRO_CONFIG": str(self.settings),
         }
 
@@ -99,18 +101,20 @@ class Containerd:
     def stop(self) -> None:
         """End all tasks, the daemon and everything it started; remove its state. Harmless if it does not run."""
         if self.responds():
-            self._end_containers()
-        for process in self._daemons():
+            self.end_containers()
+        for process in self.daemons():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT
-        while self._daemons() and time.monotonic() < deadline:
+        while self.daemons() and time.monotonic() < deadline:
             time.sleep(0.02)
         self.remove_remains()
 
     def remove_remains(self) -> None:
         """Free what a killed or half-started instance left: processes, each bundle's resources, mounts, files."""
         processes.end_processes_of(self.home)
+        if self._child:
+            self._child.wait()
         for bundle in sorted(self.home.glob("state/io.containerd.runtime.v2.task/*/*")):
             self._delete_bundle(bundle)
             _unlink_socket(bundle)
@@ -139,18 +143,16 @@ class Containerd:
         return self.ctr("version", check=False, timeout=10).returncode == 0
 
     def ctr(
-        self,
-        *arguments: str,
-        check: bool = True,
-        timeout: float = 60,
-        input: str | None = None,  # noqa: A002 - as in subprocess
+        self, *arguments: str, check: bool = True, timeout: float = 60, stdin: int = subprocess.DEVNULL
     ) -> subprocess.CompletedProcess[str]:
-        """Run `ctr` against this daemon. Raises CalledProcessError (with `check`) or TimeoutExpired."""
-        environment = {**os.environ, **self.client_environment}
+        """Run `ctr` against this daemon, with the file descriptor `stdin` as its input.
+
+        Raises CalledProcessError (with `check`) or TimeoutExpired.
+        """
         return subprocess.run(
             [str(self.bin / "ctr"), *arguments],
-            env=environment,
-            input=input if input is not None else "",
+            env={**os.environ, **self.client_environment},
+            stdin=stdin,
             capture_output=True,
             text=True,
             check=check,
@@ -216,7 +218,7 @@ class Containerd:
             **environment,
         }
         with self.log.open("wb") as log:
-            child = subprocess.Popen(
+            self._child = subprocess.Popen(
                 [self.bin / "containerd", "--config", self.home / "containerd.toml"],
                 env=daemon,
                 cwd="/",
@@ -227,7 +229,7 @@ class Containerd:
             )
         deadline = time.monotonic() + START_TIMEOUT
         while not self.responds():
-            if (status := child.poll()) is not None:
+            if (status := self._child.poll()) is not None:
                 raise ContainerdError(f"containerd {self.version} ended with status {status}:\n{self.log_tail(15)}")
             if time.monotonic() > deadline:
                 raise ContainerdError(
@@ -236,7 +238,8 @@ class Containerd:
                 )
             time.sleep(0.05)
 
-    def _daemons(self) -> list[processes.Process]:
+    def daemons(self) -> list[processes.Process]:
+        """Return the daemon's process, if it runs."""
         marker = f"--config {self.home}/containerd.toml"
         return [process for process in processes.processes_of(self.home) if process.command.endswith(marker)]
 
@@ -248,7 +251,12 @@ class Containerd:
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
-    def _end_containers(self) -> None:
+    def sandboxes(self) -> list[Path]:
+        """Return the directories in which the shim keeps its sandboxes now; only with a `run` directory of our own."""
+        return sorted(path for path in self.run.glob("*") if path.is_dir()) if self.run else []
+
+    def end_containers(self) -> None:
+        """Kill and remove all tasks and containers of all namespaces."""
         for namespace in self._names("namespaces"):
             for task in self._names("tasks", namespace):
                 self.ctr("-n", namespace, "tasks", "kill", "--all", "-s", "SIGKILL", task, check=False)

@@ -1,0 +1,98 @@
+"""Fixtures of all tests, named after the stages of a life cycle: a containerd that runs, a client, a running container.
+
+`--containerd=1.6,1.7,2.1` runs every test that uses containerd against each of these versions; without it they use the
+newest, and those marked `every_containerd` all of them.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
+from tests.framework.ctr import PYMICRO, Container, Ctr
+from tests.framework.leftovers import Leftovers
+from tests.framework.settings import dev_paths
+
+LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--containerd", default="", help="versions to test against: 1.6,1.7,2.1 (default: the newest)")
+    parser.addoption("--runtime", default=PYMICRO, help="the runtime under test; io.containerd.runc.v2 tests the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_containerd: runs against each supported containerd version")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in item.path.relative_to(REPOSITORY).parts:
+            item.add_marker("e2e")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "containerd" in metafunc.fixturenames:
+        chosen = [version for version in metafunc.config.getoption("--containerd").split(",") if version]
+        everywhere = metafunc.definition.get_closest_marker("every_containerd") is not None
+        versions = chosen or (list(VERSIONS) if everywhere else [NEWEST])
+        metafunc.parametrize("containerd", versions, indirect=True, scope="session")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Add to a failure's report what containerd and the shims logged during the test."""
+    report = yield
+    if report.failed and LOG_SECTION in item.stash:  # type: ignore[attr-defined]  # the hook yields a TestReport
+        containerd, start = item.stash[LOG_SECTION]
+        report.sections.append(("containerd's log", containerd.log.read_text(errors="replace")[start:]))  # type: ignore[attr-defined]  # as above
+    return report
+
+
+@pytest.fixture(scope="session")
+def artefacts() -> dict[str, str]:
+    """Return the paths of kernel, image and tools, built once if need be; that failing is one failure for all tests."""
+    return dev_paths()
+
+
+@pytest.fixture(scope="session")
+def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Containerd]:
+    """Yield a containerd of our own, started once per version, with the image `localhost/busybox:latest`."""
+    if os.geteuid():
+        pytest.skip("containerd needs root")
+    with claimed_directory(REPOSITORY / "build/test") as directory:
+        name = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        run = Path(f"/run/pymicro-test-{name}")
+        instance = Containerd(request.param, directory, run=run, namespace=f"test-{secrets.token_hex(3)}")
+        try:
+            instance.start()
+            yield instance
+        finally:
+            instance.stop()
+
+
+@pytest.fixture
+def ctr(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Ctr]:
+    """Yield a client for one test. Afterwards everything that it started is ended, and nothing may be left of it."""
+    request.node.stash[LOG_SECTION] = (containerd, containerd.log.stat().st_size)
+    client = Ctr(containerd, request.config.getoption("--runtime"))
+    nothing = Leftovers(containerd, client.ids)
+    yield client
+    client.clean_up()
+    nothing.check()
+
+
+@pytest.fixture
+def leftovers(ctr: Ctr) -> Leftovers:
+    """Return what the test has left on the host so far: `leftovers.check()` fails unless it is nothing."""
+    return Leftovers(ctr.containerd, ctr.ids)
+
+
+@pytest.fixture
+def container_running(ctr: Ctr) -> Container:
+    """Return a container that sleeps, without stdio."""
+    return ctr.start("sleep", "100000")
