@@ -60,8 +60,14 @@ class Output:
         """Begin to relay `channel`, which is closed at the end."""
         if self._ended.is_set():
             channel.close()
-        else:
-            self._task = asyncio.create_task(self._relay(channel), name="stdio-output")
+            return
+        self._task = asyncio.create_task(self._relay(channel), name="stdio-output")
+        # not in a `finally` of the task: one that is cancelled before its first step never enters it
+        self._task.add_done_callback(lambda _: self._finish(channel))
+
+    def _finish(self, channel: Channel) -> None:
+        channel.close()
+        self._end()
 
     def end_at(self, total: int) -> None:
         """The stream ends after `total` bytes."""
@@ -103,9 +109,6 @@ class Output:
                 self._progress.set()
         except OSError as error:
             logger.warning("an output stream broke after %d bytes: %s", self.relayed, error)
-        finally:
-            channel.close()
-            self._end()
 
     async def _splice(self, channel: Channel) -> int:
         source, sink = channel.fileno(), self._fds[0]
@@ -148,11 +151,30 @@ class Input:
         self._fd = fd
         self._keepalive = keepalive
         self._task: asyncio.Task[int] | None = None
+        self._channel: Channel | None = None
+        self._closed = False
 
     def start(self, channel: Channel) -> asyncio.Task[int]:
         """Begin to relay to `channel`; the task's result is the number of bytes at the end of file."""
+        self._channel = channel
         self._task = asyncio.create_task(self._relay(channel), name="stdio-input")
+        # not in a `finally` of the task: one that is cancelled before its first step never enters it
+        self._task.add_done_callback(lambda _: self._relayed())
         return self._task
+
+    def _relayed(self) -> None:
+        self._close_fds()
+        if self._closed:
+            self._close_channel()
+        elif self._channel is not None:
+            # the guest closes its side after it has taken the last byte; ours stays open until then (wire.messages)
+            asyncio.get_running_loop().add_reader(self._channel.fileno(), self._close_channel)
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
 
     def close_writer(self) -> None:
         """Close our own writer of the FIFO: once the client's is closed too, the process sees end of file.
@@ -163,11 +185,12 @@ class Input:
             self._keepalive = -1
 
     def close(self) -> None:
-        """Stop relaying and close. Idempotent."""
-        if self._task is not None:
+        """Stop relaying and close, also the guest's stream: its process is gone. Idempotent."""
+        self._closed = True
+        if self._task is not None and not self._task.done():
             self._task.cancel()
         else:
-            self._close_fds()
+            self._relayed()
 
     def _close_fds(self) -> None:
         self.close_writer()
@@ -177,33 +200,18 @@ class Input:
 
     async def _relay(self, channel: Channel) -> int:
         total, sink = 0, channel.fileno()
-        try:
-            while True:
-                await _ready(self._fd, write=False)
-                try:
-                    moved = os.splice(self._fd, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
-                except BlockingIOError:
-                    await _ready(sink, write=True)
-                    continue
-                except ConnectionError:  # the guest took no more: the process is gone
-                    moved = 0
-                if moved == 0:
-                    return total
-                total += moved
-        finally:
-            # the guest closes its side after it has taken the last byte; ours stays open until then (wire.messages)
-            self._close_fds()
-            _close_after_peer(channel)
-
-
-def _close_after_peer(channel: Channel) -> None:
-    loop = asyncio.get_running_loop()
-
-    def gone() -> None:
-        loop.remove_reader(channel.fileno())
-        channel.close()
-
-    loop.add_reader(channel.fileno(), gone)
+        while True:
+            await _ready(self._fd, write=False)
+            try:
+                moved = os.splice(self._fd, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+            except BlockingIOError:
+                await _ready(sink, write=True)
+                continue
+            except ConnectionError:  # the guest took no more: the process is gone
+                moved = 0
+            if moved == 0:
+                return total
+            total += moved
 
 
 async def open_output(path: str, timeout: float) -> Output | None:
@@ -221,7 +229,7 @@ async def open_output(path: str, timeout: float) -> Output | None:
         if not stat.S_ISFIFO(os.stat(path).st_mode):
             return Output((os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC),), spliceable=False)
         writer = await _open_fifo_writer(path, timeout)
-        keepalive = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        keepalive = _open_keepalive(path, os.O_RDONLY, writer)
     except OSError as error:
         raise InvalidRequest(f"cannot open the output {path!r}: {error.strerror}") from error
     with suppress(OSError):  # not permitted beyond the user's pipe quota; the default size then serves
@@ -256,13 +264,22 @@ async def _open_fifo_writer(path: str, limit: float) -> int:
         await asyncio.sleep(_POLL)
 
 
+def _open_keepalive(path: str, mode: int, other: int) -> int:
+    """Open the other end of a FIFO of which `other` is open; closes `other` when that fails. Raises OSError."""
+    try:
+        return os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        os.close(other)
+        raise
+
+
 def open_input(path: str) -> Input | None:
     """Open a stdin FIFO, "" for none. Raises InvalidRequest."""
     if not path:
         return None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        keepalive = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        keepalive = _open_keepalive(path, os.O_WRONLY, fd)
     except OSError as error:
         raise InvalidRequest(f"cannot open the input {path!r}: {error.strerror}") from error
     return Input(fd, keepalive)
