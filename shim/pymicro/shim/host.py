@@ -183,31 +183,38 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
     return kernel, image
 
 
-def verify_artifact(path: Path) -> str | None:
-    """Compare a file with the manifest beside it; return what is wrong, None if nothing is (or there is no manifest).
+def find_manifest(path: Path) -> Path | None:
+    """Return the manifest beside a kernel or image: `<stem>.manifest.json`, or `manifest.json` if it names that file."""
+    import json
 
-    Reads the whole file: for pymicroctl, and for the shim only after a boot that failed. The manifest is
-    `manifest.json` in the same directory, or `<stem>.manifest.json` where several artefacts share one.
+    own, common = path.with_name(f"{path.stem}.manifest.json"), path.with_name("manifest.json")
+    if own.is_file():
+        return own
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads(common.read_bytes()).get("file", path.name) != path.name:
+            return None
+    return common if common.is_file() else None
+
+
+def verify_artifact(path: Path) -> str | None:
+    """Compare a file with its manifest; return what is wrong, None if nothing is (or there is no manifest).
+
+    Reads the whole file: for pymicroctl, and for the shim only after a boot that failed.
     """
     import hashlib
     import json
 
-    candidates = (path.with_name(f"{path.stem}.manifest.json"), path.with_name("manifest.json"))
-    manifest_path = next((each for each in candidates if each.is_file()), None)
-    if manifest_path is None:
+    manifest = find_manifest(path)
+    if manifest is None:
         return None
     try:
-        manifest = json.loads(manifest_path.read_bytes())
-        wanted, name = manifest["sha256"], manifest.get("file", path.name)
-        if name != path.name:
-            return None
+        should_be = str(json.loads(manifest.read_bytes())["sha256"])
         with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+            is_ = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"cannot compare {path} with {manifest_path}: {error!r}"
-    if actual != wanted:
-        is_, should_be = f"{actual[:16]}...", f"{str(wanted)[:16]}..."
-        return f"{path} is corrupt: its sha256 is {is_}, {manifest_path} says {should_be}; build it anew"
+        return f"cannot compare {path} with {manifest}: {error!r}"
+    if is_ != should_be:
+        return f"{path} is corrupt: its sha256 is {is_[:16]}..., {manifest} says {should_be[:16]}...; build it anew"
     return None
 
 
