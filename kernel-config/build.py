@@ -28,7 +28,7 @@ RECIPE = 1
 TOOLS = {"make": "make", "gcc": "gcc", "ld": "binutils", "flex": "flex", "bison": "bison", "bc": "bc", "perl": "perl",
          "tar": "tar", "xz": "xz-utils", "strip": "binutils"}  # fmt: skip
 """The programs of a build and Debian's packages of them; libelf's header is looked for beside them."""
-USUAL_STEPS = 1800
+USUAL_STEPS = 2250
 """Lines that make prints in a full build: the measure of progress, nothing depends on it."""
 PROGRESS_INTERVAL = 10.0
 NEEDED_SPACE = 3 << 30
