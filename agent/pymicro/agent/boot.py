@@ -21,7 +21,3 @@ def prepare() -> None:
     for resource in (syscalls.RLIMIT_NPROC, syscalls.RLIMIT_CORE):
         syscalls.set_limit(resource, syscalls.RLIM_INFINITY, syscalls.RLIM_INFINITY)
     files.make_directories(crun.STATE_DIRECTORY)
-
-
-def kernel_release() -> str:
-    return posix.uname().release
