@@ -5,6 +5,7 @@ Each function looks once and returns frozen data; whatever is missing is a HostM
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,9 @@ def _executable(path: str) -> bool:
     return os.access(path, os.X_OK) and Path(path).is_file()
 
 
-def _on_path(name: str) -> str | None:
-    """Find a program like shutil.which, whose import costs more than the search."""
-    for directory in os.get_exec_path():
+def on_path(name: str, directories: Sequence[str] | None = None) -> str | None:
+    """Find a program on PATH (or in `directories`) like shutil.which, whose import costs more than the search."""
+    for directory in os.get_exec_path() if directories is None else directories:
         if _executable(candidate := f"{directory}/{name}"):
             return candidate
     return None
@@ -117,7 +118,7 @@ def _on_path(name: str) -> str | None:
 def find_qemu(settings: Settings) -> str:
     """Return QEMU's absolute path. Raises HostMissing."""
     qemu = settings.paths.qemu
-    found = qemu if qemu.startswith("/") and _executable(qemu) else _on_path(qemu) if "/" not in qemu else None
+    found = qemu if qemu.startswith("/") and _executable(qemu) else on_path(qemu) if "/" not in qemu else None
     if found is None:
         raise HostMissing(f"QEMU is missing: no program {qemu} (paths.qemu); install it: apt install qemu-system-x86")
     return found
@@ -129,7 +130,7 @@ def find_virtiofsd(settings: Settings) -> Virtiofsd:
         if not _executable(path):
             raise HostMissing(f"there is no program {path} (paths.virtiofsd); correct the path, or drop it to search")
         return Virtiofsd((path,), _flavour(path))
-    candidates = [path for path in (_on_path("virtiofsd"), *VIRTIOFSD_PLACES) if path and _executable(path)]
+    candidates = [path for path in (on_path("virtiofsd"), *VIRTIOFSD_PLACES) if path and _executable(path)]
     if not candidates:
         raise HostMissing(
             "virtiofsd is missing: not on PATH nor at "
@@ -158,7 +159,7 @@ def find_vhost_vsock(settings: Settings, device: str = VHOST_VSOCK) -> VhostVsoc
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        for program in (_on_path("vhost-device-vsock"), *VHOST_VSOCK_PLACES):
+        for program in (on_path("vhost-device-vsock"), *VHOST_VSOCK_PLACES):
             if program and _executable(program):
                 return VhostVsock(program)
         raise HostMissing(
@@ -184,7 +185,7 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
 
 
 def find_manifest(path: Path) -> Path | None:
-    """Return the manifest beside a kernel or image: `<stem>.manifest.json`, or `manifest.json` if it names that file."""
+    """Return the manifest beside a kernel or image: `<stem>.manifest.json`, or a `manifest.json` that names it."""
     import json
 
     own, common = path.with_name(f"{path.stem}.manifest.json"), path.with_name("manifest.json")

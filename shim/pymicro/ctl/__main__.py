@@ -1,0 +1,49 @@
+"""pymicroctl: is this host able, and which sandboxes run? Argument parsing only; each command is a module."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pymicro.shim.errors import ShimError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(prog="pymicroctl", description="Look after pymicro on this host.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="say whether this host can run microVMs, and what to do where it cannot",
+        description="Each line is ok, degraded (works, but not as it could) or missing (does not work), with what to"
+        " do. Exit status: 0 all ok, 1 something degraded, 2 something missing.",
+    )
+    ps = commands.add_parser("ps", help="list the sandboxes", description="List the sandboxes of this host.")
+    for command in (check, ps):
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument(
+            "--config", metavar="FILE", help="settings file (default: $PYMICRO_CONFIG, /etc/pymicro/config.toml)"
+        )
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pymicroctl; return the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.command == "check":
+            from pymicro.ctl.check import run
+
+            return run(arguments.config, as_json=arguments.json)
+        from pymicro.ctl.ps import run as run_ps
+
+        return run_ps(arguments.config, as_json=arguments.json)
+    except ShimError as error:
+        print(f"pymicroctl: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has enough
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
