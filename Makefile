@@ -48,14 +48,14 @@ down: ## stop it; nothing stays running or mounted
 test: ready check ## run all checks and all tests except the slow ones (PYTEST="-k word" chooses)
 	$(SUDO) $(VENV)/pytest -m "not slow" tests/unit tests/conformance tests/integration tests/e2e $(PYTEST)
 
-check: $(STAMPS)/venv ## lint, formatting, types, import rules, generated code
+check: .venv/.installed ## lint, formatting, types, import rules, generated code
 	$(VENV)/ruff check
 	$(VENV)/ruff format --check
 	$(VENV)/mypy
 	$(VENV)/lint-imports
 	$(VENV)/python protos/generate.py --check
 
-unit: $(STAMPS)/venv ## run the tests that need neither root nor other programs
+unit: .venv/.installed ## run the tests that need neither root nor other programs
 	$(VENV)/pytest tests/unit tests/conformance $(PYTEST)
 
 integration: ready ## run the tests of the pieces against real QEMU, virtiofsd and containerd
@@ -74,12 +74,12 @@ kernel: $(STAMPS)/packages ## build the guest kernel, or find it in the cache (K
 rootfs: $(STAMPS)/packages ## build the guest image, or find it in the cache
 	@$(SUDO) $(PYTHON) rootfs-builder/build.py --print-path
 
-protos: $(STAMPS)/venv ## generate the protobuf code anew
+protos: .venv/.installed ## generate the protobuf code anew
 	$(VENV)/python protos/generate.py
 
 install: ready ## install under /opt/pymicro (PREFIX, DESTDIR), the shim linked from /usr/local/bin
-	@$(SUDO) env PYTHONPATH=shim $(PYTHON) -m pymicro.ctl.install install --prefix $(PREFIX) --destdir "$(DESTDIR)" \
-	  $$($(HOST) -m tests.framework.settings)
+	@$(SUDO) env PYTHONPATH=shim $(PYTHON) -m pymicro.ctl.install install $$($(HOST) -m tests.framework.settings) \
+	  --prefix $(PREFIX) --destdir "$(DESTDIR)"
 
 uninstall: ## remove it; the settings file stays unless PURGE=1
 	@$(SUDO) env PYTHONPATH=shim $(PYTHON) -m pymicro.ctl.install uninstall --prefix $(PREFIX) --destdir "$(DESTDIR)" \
@@ -91,7 +91,7 @@ clean: down ## remove what was built here; the cache outside the checkout stays
 
 # -- what the targets rest on ------------------------------------------------------------------------------------------
 .PHONY: ready
-ready: $(STAMPS)/packages $(STAMPS)/venv
+ready: $(STAMPS)/packages .venv/.installed
 	@$(HOST) -m tests.framework.settings >/dev/null
 
 # Only missing packages are installed. Nothing is asked; apt's progress is shown.
@@ -106,7 +106,8 @@ $(STAMPS)/packages: Makefile
 	fi
 	@touch $@
 
-$(STAMPS)/venv: pyproject.toml $(STAMPS)/packages
+# The stamp lies in the environment, so that it goes with it.
+.venv/.installed: pyproject.toml | $(STAMPS)/packages
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@

@@ -1,0 +1,168 @@
+"""Installing a checkout on this host, and removing it: what `make install` and `make uninstall` run.
+
+Runs from the checkout, by any Python 3.11 and without other packages. What goes where:
+
+    <prefix>/venv                                the shim and pymicroctl, with their libraries
+    <prefix>/share/{vmlinux,image.erofs,*.json}  the guest's kernel and image, with their manifests
+    <prefix>/bin/vhost-device-vsock              for hosts without /dev/vhost-vsock
+    /usr/local/bin/                              links to the shim and to pymicroctl
+    /etc/pymicro/config.toml                     the settings; a file that is there already is kept
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PROGRAMS = ("containerd-shim-pymicro-v1", "pymicroctl")
+LINKS = Path("/usr/local/bin")
+SETTINGS = Path("/etc/pymicro/config.toml")
+
+SETTINGS_TEXT = """\
+# pymicro's settings. Every key has a default; docs/configuration.md explains them all.
+
+[paths]
+kernel = "{prefix}/share/vmlinux"
+image = "{prefix}/share/image.erofs"
+vhost_device_vsock = "{prefix}/bin/vhost-device-vsock"
+
+[vm]
+# vcpus = 1
+# memory_mib = 256
+"""
+
+# The plugin that owns CRI's runtimes changed its name with version 3 of containerd's configuration.
+SNIPPET = """\
+[plugins."{plugin}".containerd.runtimes.pymicro]
+  runtime_type = "io.containerd.pymicro.v1"
+  privileged_without_host_devices = true
+  pod_annotations = ["io.pymicro.*"]
+  [plugins."{plugin}".containerd.runtimes.pymicro.options]
+    TypeUrl = "io.pymicro.v1.options"
+    ConfigPath = "{settings}"
+"""
+PLUGINS = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+RELEASES = {2: "containerd 1.6 and 1.7", 3: "containerd 2.x"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to install: `prefix` as the installed programs see it, all of it below `destdir` while installing."""
+
+    prefix: Path
+    destdir: str
+
+    def path(self, installed: Path) -> Path:
+        """Return where a file goes now that will be at `installed` in the end."""
+        return Path(f"{self.destdir}{installed}")
+
+
+def install(target: Target, kernel: Path, image: Path, vhost_device_vsock: Path) -> None:
+    """Install, replacing an earlier installation. Raises OSError and CalledProcessError."""
+    prefix = target.path(target.prefix)
+    for name in ("venv", "share", "bin"):
+        shutil.rmtree(prefix / name, ignore_errors=True)
+    _install_python(target)
+    _install_guest(prefix / "share", kernel, image)
+    shutil.copytree(vhost_device_vsock, prefix / "share/vhost-device-vsock", symlinks=True)
+    _link(prefix / "bin/vhost-device-vsock", Path("../share/vhost-device-vsock/bin/vhost-device-vsock"))
+    for name in PROGRAMS:
+        _link(target.path(LINKS / name), target.prefix / "venv/bin" / name)
+    settings = target.path(SETTINGS)
+    if not settings.exists():
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(SETTINGS_TEXT.format(prefix=target.prefix))
+
+
+def _install_python(target: Target) -> None:
+    venv = target.path(target.prefix) / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    pip = [str(venv / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, str(REPOSITORY)], check=True)
+    if target.destdir:
+        for script in (venv / "bin").iterdir():
+            _strip_destdir(script, str(venv), str(target.prefix / "venv"))
+
+
+def _strip_destdir(script: Path, staged: str, final: str) -> None:
+    """Make a script of the virtual environment name the place where it will run."""
+    if script.is_symlink():
+        return
+    content = script.read_bytes()
+    if staged.encode() in content:
+        script.write_bytes(content.replace(staged.encode(), final.encode()))
+
+
+def _install_guest(share: Path, kernel: Path, image: Path) -> None:
+    share.mkdir(parents=True)
+    shutil.copy2(kernel, share / "vmlinux")
+    shutil.copy2(image, share / "image.erofs")
+    for name, artefact in (("kernel.json", kernel), ("image.json", image)):
+        manifest = artefact.with_name("manifest.json")
+        if manifest.exists():
+            shutil.copy2(manifest, share / name)
+
+
+def _link(link: Path, to: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(to)
+
+
+def uninstall(target: Target, *, purge: bool) -> None:
+    """Remove what `install` made; the settings only with `purge`. Harmless where nothing is installed."""
+    for name in PROGRAMS:
+        link = target.path(LINKS / name)
+        if link.is_symlink() and link.readlink() == target.prefix / "venv/bin" / name:
+            link.unlink()
+    shutil.rmtree(target.path(target.prefix), ignore_errors=True)
+    if purge:
+        shutil.rmtree(target.path(SETTINGS.parent), ignore_errors=True)
+
+
+def snippet(version: int) -> str:
+    """Return the part of containerd's configuration, of `version` 2 or 3, that lets the kubelet use pymicro."""
+    return SNIPPET.format(plugin=PLUGINS[version], settings=SETTINGS)
+
+
+def _say_what_is_next(target: Target) -> None:
+    print(f"installed: {target.prefix}, links in {LINKS}, settings in {SETTINGS}")
+    print("\nThis host:       pymicroctl check")
+    print("A container:     ctr run --rm --runtime io.containerd.pymicro.v1 <image> hello uname -r")
+    print("For Kubernetes and crictl add this to /etc/containerd/config.toml and restart containerd:")
+    for version, releases in RELEASES.items():
+        print(f"\n# {releases}: with version = {version}\n{snippet(version)}", end="")
+
+
+def main() -> int:
+    """Do what the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(prog="install", description="install pymicro from this checkout, or remove it")
+    parser.add_argument("verb", choices=("install", "uninstall"))
+    parser.add_argument("--prefix", type=Path, default=Path("/opt/pymicro"))
+    parser.add_argument("--destdir", default="")
+    parser.add_argument("--purge", action="store_true", help="remove the settings too")
+    parser.add_argument("artefacts", nargs="*", type=Path, help="vmlinux, image.erofs, directory of vhost-device-vsock")
+    options = parser.parse_args()
+    if not options.prefix.is_absolute() or options.prefix == Path("/"):
+        parser.error(f"the prefix {options.prefix} must be an absolute path of its own")
+    target = Target(options.prefix, options.destdir.rstrip("/"))
+    try:
+        if options.verb == "uninstall":
+            uninstall(target, purge=options.purge)
+            return 0
+        if len(options.artefacts) != 3:
+            parser.error("install needs a kernel, an image and the directory of vhost-device-vsock")
+        install(target, *options.artefacts)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{options.verb}: {error}", file=sys.stderr)
+        return 1
+    if not options.destdir:
+        _say_what_is_next(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
