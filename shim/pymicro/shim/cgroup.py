@@ -33,7 +33,7 @@ def relative_path(cgroups_path: str, fallback: str) -> str:
         parts = stem.split("-") if stem and stem != "-" else []
         slices = ["-".join(parts[: n + 1]) + ".slice" for n in range(len(parts))]
         unit = name if name.endswith(".slice") else f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
-        return "/".join([*slices, unit])
+        cgroups_path = "/".join([*slices, unit])
     path = os.path.normpath("/" + (cgroups_path or fallback)).lstrip("/")
     return path or fallback
 
@@ -48,6 +48,16 @@ def directories(relative: str, root: str = ROOT) -> tuple[str, ...]:
         if os.path.isdir(base):
             present.setdefault(os.path.realpath(base), f"{base}/{relative}")  # cpu and cpuacct may be one hierarchy
     return tuple(present.values())
+
+
+def is_ours(path: object, root: str = ROOT) -> bool:
+    """Tell whether `path` can be what directories() returned: a cgroup below a hierarchy's root, written plainly.
+
+    Killing what is in a root, or wherever `..` leads, would be killing the host.
+    """
+    if not isinstance(path, str) or not path.startswith(f"{root}/") or path != os.path.normpath(path):
+        return False
+    return path.count("/") - root.count("/") >= (1 if is_v2(root) else 2)
 
 
 def create(directories: Iterable[str], root: str = ROOT) -> None:
@@ -91,7 +101,7 @@ def processes(directories: Iterable[str]) -> set[int]:
     for directory in directories:
         with suppress(OSError):
             found.update(int(word) for word in _read(f"{directory}/cgroup.procs").split())
-    return found
+    return found - {0}  # what runs in a pid namespace that we cannot see; kill(0) would be our own group
 
 
 def kill(directories: Sequence[str]) -> set[int]:

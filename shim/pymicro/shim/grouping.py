@@ -11,7 +11,12 @@ def joins_running_sandbox(annotations: dict[str, str]) -> bool:
 
 
 def sandbox_of(annotations: dict[str, str], container_id: str) -> str:
-    """Return the id of the sandbox that a container with these annotations belongs to: its own, or its pod's."""
-    if joins_running_sandbox(annotations):
-        return annotations[SANDBOX_ID]
-    return annotations.get(GROUP) or container_id
+    """Return the id of the sandbox that a container with these annotations belongs to: its own, or its pod's.
+
+    Raises ValueError for an id with a slash: containerd has checked the containers' ids, nobody the annotations, and
+    cgroups are named after it.
+    """
+    sandbox_id = annotations[SANDBOX_ID] if joins_running_sandbox(annotations) else annotations.get(GROUP)
+    if sandbox_id and "/" in sandbox_id:
+        raise ValueError(f"the sandbox id {sandbox_id!r} in the annotations is no identifier")
+    return sandbox_id or container_id

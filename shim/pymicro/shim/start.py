@@ -42,7 +42,7 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     with suppress(FileNotFoundError):
-        state.free(directory)  # a sandbox of this name that nobody deleted
+        state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
     if os.fork() == 0:
         _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)

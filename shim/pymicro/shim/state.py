@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 from contextlib import suppress
 
 from pymicro.shim import cgroup
@@ -67,18 +68,28 @@ def shim_runs(state: "dict[str, Any]") -> bool:
     return isinstance(pid, int) and pid > 1 and bool(started) and start_time(pid) == started
 
 
-def free(run_directory: str) -> None:
-    """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in."""
+def free(run_directory: str, *, keep_socket: bool = False) -> None:
+    """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in.
+
+    A new shim of the same name keeps the socket: it has bound the path anew.
+    """
     import shutil
 
     state = read(run_directory)
     if shim_runs(state) and state["shim_pid"] != os.getpid():
         with suppress(ProcessLookupError):
             os.kill(state["shim_pid"], signal.SIGKILL)
-    groups = [path for path in state.get("cgroups", ()) if isinstance(path, str) and path.startswith(cgroup.ROOT + "/")]
+    recorded = state.get("cgroups")
+    groups = [path for path in recorded if cgroup.is_ours(path)] if isinstance(recorded, list) else []
     cgroup.kill(groups)
     cgroup.remove(groups)
-    if isinstance(address := state.get("socket"), str):
-        with suppress(OSError):
-            os.unlink(address)
+    if not keep_socket:
+        _remove_socket(state.get("socket"))
     shutil.rmtree(run_directory, ignore_errors=True)
+
+
+def _remove_socket(path: object) -> None:
+    """Remove `path` if it is a socket: never another file, whatever the record says."""
+    with suppress(OSError, ValueError):
+        if isinstance(path, str) and stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
