@@ -185,25 +185,28 @@ def test_a_file_that_matches_its_manifest_is_right(guest: Settings, tmp_path: Pa
 def test_a_corrupt_file_is_named_with_the_remedy(guest: Settings, tmp_path: Path) -> None:
     manifest(tmp_path / "manifest.json", b"another kernel", file="vmlinux")
     assert "vmlinux is corrupt: its sha256 is" in str(host.verify_artifact(tmp_path / "vmlinux"))
+    (tmp_path / "vmlinux").unlink()
+    assert "cannot read" in str(host.verify_artifact(tmp_path / "vmlinux"))
 
 
 def test_files_in_one_directory_have_a_manifest_each(guest: Settings, tmp_path: Path) -> None:
-    manifest(tmp_path / "image.manifest.json", b"broken", file="image.erofs")
-    manifest(tmp_path / "vmlinux.manifest.json", b"kernel", file="vmlinux")
+    """As installed: /opt/pymicro/share holds both."""
+    manifest(tmp_path / "image.json", b"broken", file="image.erofs")
+    manifest(tmp_path / "kernel.json", b"kernel", file="vmlinux")
     assert host.verify_artifact(tmp_path / "vmlinux") is None
     assert "image.erofs is corrupt" in str(host.verify_artifact(tmp_path / "image.erofs"))
 
 
-def test_a_manifest_of_another_file_or_none_says_nothing(guest: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", "{}", '{"file": "vmlinux"}', '{"file": "image.erofs", "sha256": "x"}']
+)
+def test_without_a_manifest_that_names_the_file_nothing_is_said(
+    guest: Settings, tmp_path: Path, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    assert host.find_manifest(tmp_path / "vmlinux") is None
     assert host.verify_artifact(tmp_path / "vmlinux") is None
-    manifest(tmp_path / "manifest.json", b"image", file="image.erofs")
-    assert host.verify_artifact(tmp_path / "vmlinux") is None
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": 3}'])
-def test_a_manifest_that_makes_no_sense_is_reported(guest: Settings, tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    assert "manifest.json" in str(host.verify_artifact(tmp_path / "vmlinux"))
 
 
 # --- cgroups and the clock

@@ -184,17 +184,24 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
     return kernel, image
 
 
-def find_manifest(path: Path) -> Path | None:
-    """Return the manifest beside a kernel or image: `<stem>.manifest.json`, or a `manifest.json` that names it."""
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the build says of a kernel or image: `path` is the manifest's own."""
+
+    path: Path
+    sha256: str
+
+
+def find_manifest(artifact: Path) -> Manifest | None:
+    """Return the manifest beside a kernel or image: the JSON file whose "file" is its name, whatever it is called."""
     import json
 
-    own, common = path.with_name(f"{path.stem}.manifest.json"), path.with_name("manifest.json")
-    if own.is_file():
-        return own
-    with suppress(OSError, ValueError, AttributeError):
-        if json.loads(common.read_bytes()).get("file", path.name) != path.name:
-            return None
-    return common if common.is_file() else None
+    for path in sorted(artifact.parent.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(path.read_bytes())
+            if content["file"] == artifact.name:
+                return Manifest(path, str(content["sha256"]))
+    return None
 
 
 def verify_artifact(path: Path) -> str | None:
@@ -203,19 +210,20 @@ def verify_artifact(path: Path) -> str | None:
     Reads the whole file: for pymicroctl, and for the shim only after a boot that failed.
     """
     import hashlib
-    import json
 
     manifest = find_manifest(path)
     if manifest is None:
         return None
     try:
-        should_be = str(json.loads(manifest.read_bytes())["sha256"])
         with path.open("rb") as file:
-            is_ = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"cannot compare {path} with {manifest}: {error!r}"
-    if is_ != should_be:
-        return f"{path} is corrupt: its sha256 is {is_[:16]}..., {manifest} says {should_be[:16]}...; build it anew"
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot read {path}: {error.strerror}"
+    if sha256 != manifest.sha256:
+        return (
+            f"{path} is corrupt: its sha256 is {sha256[:16]}..., but {manifest.path} says {manifest.sha256[:16]}...;"
+            " build it anew"
+        )
     return None
 
 
