@@ -40,6 +40,7 @@ class Server:
         self._authorize = authorize
         self._stall = stall
         self._closing = asyncio.Event()
+        self._grace = 0.0
         self._serving = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -85,6 +86,10 @@ class Server:
         acceptor = await asyncio.get_running_loop().create_server(new, sock=listener)
         try:
             await self._closing.wait()
+            acceptor.close()
+            running = [task for connection in connections for task in connection.tasks]
+            if running and self._grace > 0:
+                await asyncio.wait(running, timeout=self._grace)
         finally:
             open_ = False
             acceptor.close()
@@ -105,7 +110,11 @@ class Server:
             _log.warning("a connection to %s is refused", connection.socket.getsockname())
         return admitted
 
-    async def close(self) -> None:
-        """Stop serving: send the answers that are ready, cancel the other handlers, close. For good."""
+    async def close(self, *, grace: float = 0.0) -> None:
+        """Stop serving for good: accept nothing more, send the answers that are ready, cancel the other handlers.
+
+        Handlers may first go on for up to `grace` seconds.
+        """
+        self._grace = grace
         self._closing.set()
         await self._idle.wait()

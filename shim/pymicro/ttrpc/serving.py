@@ -45,6 +45,11 @@ class ServerConnection(Connection):
         self._streams: dict[int, ServerStream[Any, Any]] = {}
         self._held_by_writing = False
 
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """The handlers that run."""
+        return list(self._tasks.values())
+
     # The connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
