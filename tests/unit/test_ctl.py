@@ -277,16 +277,12 @@ def test_directories_without_a_readable_state_are_skipped(tmp_path: Path) -> Non
     assert list(ps.sandboxes(str(tmp_path / "absent"))) == []
 
 
-@pytest.fixture
-def settings_file(tmp_path: Path) -> str:
-    path = tmp_path / "config.toml"
-    path.write_text(f'[paths]\nrun = "{tmp_path / "run"}"\n')
-    return str(path)
-
-
-def test_ps_prints_a_table(tmp_path: Path, vmm: int, settings_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path / "run", "0a", sandbox="s1", vmm_pid=vmm, memory_mib=256, vcpus=1, containers=["c1", "c2"])
-    assert main(["ps", "--config", settings_file]) == 0
+def test_ps_prints_a_table(
+    tmp_path: Path, vmm: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(state, "DEFAULT_RUN", str(tmp_path))
+    record(tmp_path, "0a", sandbox="s1", vmm_pid=vmm, memory_mib=256, vcpus=1, containers=["c1", "c2"])
+    assert main(["ps"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert " ".join(header.split()) == "SANDBOX NAMESPACE STATE VMM PID CPUS MEMORY RSS PSS ACCEL AGE CONTAINERS"
     assert line.split()[:4] == ["s1", "default", "running", str(vmm)]
@@ -294,17 +290,13 @@ def test_ps_prints_a_table(tmp_path: Path, vmm: int, settings_file: str, capsys:
 
 
 def test_ps_without_sandboxes_prints_the_header_or_an_empty_list(
-    settings_file: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["ps", "--config", settings_file]) == 0
+    monkeypatch.setattr(state, "DEFAULT_RUN", str(tmp_path / "absent"))
+    assert main(["ps"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert main(["ps", "--json", "--config", settings_file]) == 0
+    assert main(["ps", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
-
-
-def test_ps_with_wrong_settings_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ps", "--config", str(tmp_path / "absent.toml")]) == 2
-    assert "absent.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

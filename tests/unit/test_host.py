@@ -140,11 +140,13 @@ def test_without_the_kernels_vsock_a_program_is_found(empty_path: Path) -> None:
     assert host.find_vhost_vsock(settings(), "/no/such").program == found
 
 
-def test_the_vsock_program_of_the_settings_goes_before_the_kernel(empty_path: Path, tmp_path: Path) -> None:
+def test_the_vsock_program_of_the_settings_serves_where_the_kernel_does_not(empty_path: Path, tmp_path: Path) -> None:
+    program(empty_path / "vhost-device-vsock")
     mine = program(tmp_path / "mine")
-    assert host.find_vhost_vsock(settings(vhost_device_vsock=mine), "/dev/null").program == mine
+    assert host.find_vhost_vsock(settings(vhost_device_vsock=mine), "/no/such").program == mine
+    assert host.find_vhost_vsock(settings(vhost_device_vsock=mine), "/dev/null").program is None
     with pytest.raises(HostMissing, match=r"paths\.vhost_device_vsock"):
-        host.find_vhost_vsock(settings(vhost_device_vsock="/no/such"), "/dev/null")
+        host.find_vhost_vsock(settings(vhost_device_vsock="/no/such"), "/no/such")
 
 
 def test_without_any_vsock_both_remedies_are_named(empty_path: Path) -> None:

@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pymicro.shim.errors import ShimError
-
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
@@ -20,29 +18,22 @@ def parser() -> argparse.ArgumentParser:
     ps = commands.add_parser("ps", help="list the sandboxes", description="List the sandboxes of this host.")
     for command in (check, ps):
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument(
-            "--config", metavar="FILE", help="settings file (default: $PYMICRO_CONFIG, /etc/pymicro/config.toml)"
-        )
+    check.add_argument(
+        "--config", metavar="FILE", help="settings file (default: $PYMICRO_CONFIG, /etc/pymicro/config.toml)"
+    )
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pymicroctl; return the exit status."""
     arguments = parser().parse_args(argv)
-    try:
-        if arguments.command == "check":
-            from pymicro.ctl.check import run
+    if arguments.command == "check":
+        from pymicro.ctl.check import run
 
-            return run(arguments.config, as_json=arguments.json)
-        from pymicro.ctl.ps import run as run_ps
+        return run(arguments.config, as_json=arguments.json)
+    from pymicro.ctl.ps import run as run_ps
 
-        return run_ps(arguments.config, as_json=arguments.json)
-    except ShimError as error:
-        print(f"pymicroctl: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as head, has enough
-        sys.stderr.close()
-        return 1
+    return run_ps(as_json=arguments.json)
 
 
 if __name__ == "__main__":

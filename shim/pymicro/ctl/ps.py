@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pymicro.shim import config, state
+from pymicro.shim import state
 
 Condition = Literal["booting", "running", "dead"]
 
@@ -32,9 +32,9 @@ class Row:
     directory: str
 
 
-def run(config_path: str | None, *, as_json: bool) -> int:
-    """Print the sandboxes. Raises HostMissing, InvalidSettings."""
-    rows = list(sandboxes(config.load(config_path).paths.run))
+def run(*, as_json: bool) -> int:
+    """Print the sandboxes; return the exit status."""
+    rows = list(sandboxes(state.DEFAULT_RUN))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

@@ -58,7 +58,6 @@ class Paths(Struct, frozen=True):
     qemu: Program = "qemu-system-x86_64"
     virtiofsd: OptionalPath = ""
     vhost_device_vsock: OptionalPath = ""
-    run: AbsolutePath = "/run/pymicro"
 
 
 class Timeouts(Struct, frozen=True):

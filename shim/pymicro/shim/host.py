@@ -148,25 +148,30 @@ def _flavour(path: str) -> Literal["rust", "c"]:
 
 
 def find_vhost_vsock(settings: Settings, device: str = VHOST_VSOCK) -> VhostVsock:
-    """Return what carries vsock: the program that the settings name, else the kernel, else a program that is found.
+    """Return what carries vsock: the kernel where it can, else the settings' program, else one that is found.
 
     Raises HostMissing.
     """
-    if path := settings.paths.vhost_device_vsock:
-        if not _executable(path):
-            raise HostMissing(f"there is no program {path} (paths.vhost_device_vsock); correct the path, or drop it")
-        return VhostVsock(path)
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        for program in (on_path("vhost-device-vsock"), *VHOST_VSOCK_PLACES):
-            if program and _executable(program):
-                return VhostVsock(program)
-        raise HostMissing(
-            f"VMs can have no vsock: cannot open {device} ({error.strerror}) and there is no vhost-device-vsock; load"
-            " the module: modprobe vhost_vsock, or install vhost-device-vsock and set paths.vhost_device_vsock"
-        ) from error
+        return VhostVsock(_vhost_device_vsock(settings, f"cannot open {device} ({error.strerror})"))
     return VhostVsock(None)
+
+
+def _vhost_device_vsock(settings: Settings, why: str) -> str:
+    """Return the program's path. Raises HostMissing, with `why` it is needed."""
+    if path := settings.paths.vhost_device_vsock:
+        if not _executable(path):
+            raise HostMissing(f"{why}, and there is no program {path} (paths.vhost_device_vsock); correct the path")
+        return path
+    for program in (on_path("vhost-device-vsock"), *VHOST_VSOCK_PLACES):
+        if program and _executable(program):
+            return program
+    raise HostMissing(
+        f"VMs can have no vsock: {why}, and there is no vhost-device-vsock; load the module: modprobe vhost_vsock,"
+        " or install vhost-device-vsock and set paths.vhost_device_vsock"
+    )
 
 
 def guest_files(settings: Settings) -> tuple[Path, Path]:
