@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -41,7 +42,7 @@ class AgentClient:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_id = 0
         self._ended: SandboxDied | None = None
-        self._write_lock = asyncio.Lock()
+        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._reader = asyncio.create_task(self._read(), name="agent-reader")
 
     def __repr__(self) -> str:
@@ -60,14 +61,11 @@ class AgentClient:
         self._pending[call_id] = future
         limit = timeout or self._timeout
         try:
+            self._outgoing.put_nowait(frames.encode({"id": call_id, "method": method, "params": params}))
             async with asyncio.timeout(limit):
-                async with self._write_lock:
-                    await self._channel.write(frames.encode({"id": call_id, "method": method, "params": params}))
                 return await future
         except TimeoutError:
             raise StepTimeout(f"the guest did not answer {method!r} in {limit:g} s (timeouts.request)") from None
-        except OSError as error:
-            raise SandboxDied(f"the connection to the guest's agent broke at {method!r}: {error}") from error
         finally:
             self._pending.pop(call_id, None)
 
@@ -83,17 +81,35 @@ class AgentClient:
 
     async def _read(self) -> None:
         reason = "the guest's agent closed its control connection"
+        writer = asyncio.create_task(self._write(), name="agent-writer")
         try:
             while True:
                 self._take(await self._channel.read_message())
-        except (OSError, frames.FrameError) as error:
+        except OSError as error:
             reason = f"{reason}: {error}"
+        except Exception as error:
+            logger.exception("a message of the guest's agent makes no sense")
+            reason = f"the guest's agent sent what makes no sense: {type(error).__name__}: {error}"
         finally:
             self._ended = SandboxDied(reason)
-            self._channel.close()
             for future in self._pending.values():
                 if not future.done():
                     future.set_exception(self._ended)
+            writer.cancel()  # before the close: a write that waits for room would never hear of it
+            await asyncio.wait([writer])
+            self._channel.close()
+
+    async def _write(self) -> None:
+        """Write what calls have queued: in a task of its own, since a call that is given up must not leave half a
+        frame.
+        """
+        try:
+            while True:
+                await self._channel.write(await self._outgoing.get())
+        except OSError as error:
+            logger.debug("cannot write to the guest's agent: %s", error)
+            with suppress(OSError):
+                self._channel.socket.shutdown(socket.SHUT_RDWR)  # the reader takes it from here
 
     def _take(self, message: dict[str, Any]) -> None:
         if "event" in message:
