@@ -97,6 +97,15 @@ def test_the_real_host_gets_a_line_for_everything() -> None:
     assert all(finding.detail for finding in findings)
 
 
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        command = [sys.executable, "-m", "pymicro.ctl", "check"]
+        run = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (1, "")
+
+
 def test_help_needs_no_host(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["check", "--help"])

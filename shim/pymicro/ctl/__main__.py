@@ -1,6 +1,7 @@
 """pymicroctl: is this host able, and which sandboxes run? Argument parsing only; each command is a module."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pymicroctl; return the exit status."""
     arguments = parser().parse_args(argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return 1
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "check":
         from pymicro.ctl.check import run
 
