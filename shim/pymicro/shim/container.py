@@ -65,14 +65,19 @@ class Container:
         """Start the init or an added exec and return its pid. Raises WrongState, NotFound, GuestError, SandboxDied."""
         process = self.process(exec_id)
         process.require(Status.CREATED)
-        if not process.start_gate.is_set():
-            raise WrongState(f"{process!r} is being started")
+        self._refuse_starting(process)
         process.start_gate.clear()
+        process.starting()
         try:
             await (self._start_exec(process) if exec_id else self._start_init())
         finally:
             process.start_gate.set()
         return process.pid
+
+    @staticmethod
+    def _refuse_starting(process: Process) -> None:
+        if not process.start_gate.is_set():
+            raise WrongState(f"{process!r} is being started")
 
     async def _start_init(self) -> None:
         await (await self.pod.agent()).call("start", {"container": self.id})
@@ -80,10 +85,10 @@ class Container:
         self.pod.events.started(self.id, self.init.pid)
 
     async def _start_exec(self, process: Process) -> None:
-        self.init.require(Status.RUNNING)
-        agent = await self.pod.agent()
-        tokens = await self.pod.open_stdio(process)
         try:
+            self.init.require(Status.RUNNING)
+            agent = await self.pod.agent()
+            tokens = await self.pod.open_stdio(process)
             reply = await agent.call(
                 "exec",
                 {
@@ -117,7 +122,7 @@ class Container:
         if event["oom"]:
             self.pod.events.out_of_memory(self.id)
         if process is self.init:
-            for other in self.execs.values():
+            for other in list(self.execs.values()):  # clients may add and delete some meanwhile
                 await self._report_exit(other, KILLED)
         await self._report_exit(process, event["status"])
 
@@ -147,20 +152,25 @@ class Container:
         if exec_id:
             process.require(Status.RUNNING)
         params = {**process.guest_id, "signal": number, "all": everything}
-        await (await self.pod.agent()).call("signal", params)
+        try:
+            await (await self.pod.agent()).call("signal", params)
+        except WrongState as error:  # it has exited, and its exit event is on the way
+            raise NotFound(f"process already finished: {error}") from error
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""
         self.init.require(Status.RUNNING)
         await (await self.pod.agent()).call("pause", {"container": self.id})
-        self.init.status = Status.PAUSED
+        if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
+            self.init.status = Status.PAUSED
         self.pod.events.paused(self.id)
 
     async def resume(self) -> None:
         """Thaw every process. Raises WrongState."""
         self.init.require(Status.PAUSED)
         await (await self.pod.agent()).call("resume", {"container": self.id})
-        self.init.status = Status.RUNNING
+        if self.init.status is Status.PAUSED:
+            self.init.status = Status.RUNNING
         self.pod.events.resumed(self.id)
 
     async def pids(self) -> list[ProcessInfo]:
@@ -193,6 +203,7 @@ class Container:
         """Forget a stopped or never started exec. Raises WrongState while it runs."""
         process = self.process(exec_id)
         process.require(Status.STOPPED, Status.CREATED)
+        self._refuse_starting(process)
         started = process.pid != 0
         await process.close(self.pod.streams, IO_LIMIT if started else 0)
         if started:
@@ -206,6 +217,7 @@ class Container:
     async def delete(self) -> Deleted:
         """Free everything the container has. Raises WrongState while it runs."""
         self.init.require(Status.STOPPED, Status.CREATED)
+        self._refuse_starting(self.init)
         created = self.init.status is Status.CREATED
         for exec_id in list(self.execs):
             with suppress(NotFound, WrongState):

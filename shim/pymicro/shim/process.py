@@ -94,6 +94,11 @@ class Process:
         if self._stdio is not None:
             await self._stdio.drain(event, limit)
 
+    def starting(self) -> None:
+        """Forget an earlier attempt to start it that failed."""
+        self.exit = None
+        self._exited.clear()
+
     def started(self, pid: int) -> None:
         self.pid = pid
         if self.status is Status.CREATED:
@@ -120,9 +125,9 @@ class Process:
     async def close(self, streams: Streams, limit: float) -> None:
         """Let the outputs end, at most `limit` seconds, then close all stdio. Idempotent."""
         streams.forget(self._tokens.values())
-        if self._stdio is not None:
-            await self._stdio.closed(limit)
-            self._stdio.close()
+        if (stdio := self._stdio) is not None:
+            await stdio.closed(limit)
+            stdio.close()
             self._stdio = None
 
     def require(self, *wanted: Status) -> None:

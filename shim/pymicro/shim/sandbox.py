@@ -252,7 +252,8 @@ class Sandbox:
         else:
             rootfs.bind(os.path.join(request.bundle, plan.root_path), root, read_only=False)
         for wanted in plan.binds:
-            rootfs.bind(wanted.source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
+            source = os.path.join(request.bundle, wanted.source)
+            rootfs.bind(source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
         return root
 
     async def _delete_in_guest(self, container_id: str) -> None:

@@ -62,7 +62,10 @@ class LogTail:
             data = b""
         if not data:
             self.close()
-            return
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         *whole, self._partial = (self._partial + data).split(b"\n")
         self._partial = self._partial[-LONGEST_LINE:]
         for line in whole:
@@ -78,7 +81,7 @@ class LogTail:
         asyncio.get_running_loop().remove_reader(fd)
         with suppress(OSError):
             while data := os.read(fd, _READ_SIZE):
-                self._lines.extend(text for line in data.split(b"\n") if (text := _readable(line)))
+                self._take(data)
         os.close(fd)
 
 
