@@ -4,7 +4,7 @@ import time
 
 BOOT_MS = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000  # before the imports: they are what it measures
 
-from pymicro.agent import boot, control  # noqa: E402
+from pymicro.agent import boot, control, vsock  # noqa: E402
 from pymicro.agent.concurrency import log  # noqa: E402
 from pymicro.agent.errors import summary  # noqa: E402
 from pymicro.agent.handlers import Agent  # noqa: E402
@@ -20,7 +20,7 @@ def main() -> None:
         reaper = Reaper()
         reaper.start()
         # A VM is snapshotted while it waits in here: nothing of one pod may be known before.
-        connection = control.Control(control.dial_when_there(uevents))
+        connection = control.Control(vsock.dial_when_there(uevents))
         connection.say_hello(BOOT_MS)
         connection.serve(Agent(connection, reaper, uevents))
         log("the host hung up")

@@ -1,13 +1,11 @@
-"""The connection to the host: dialling, the hello, requests in, replies and events out."""
+"""The control connection: the hello, requests in, replies and events out."""
 
 import _socket
 import posix
 import time
-from _struct import pack, unpack
 from _thread import allocate_lock
-from fcntl import ioctl
 
-from pymicro.agent import handlers
+from pymicro.agent import handlers, vsock
 from pymicro.agent.concurrency import log, start_thread
 from pymicro.agent.errors import RequestError, summary
 from pymicro.wire import frames, messages
@@ -17,48 +15,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pymicro.agent.handlers import Agent
-    from pymicro.agent.uevents import Uevents
-
-IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
-NO_CID = 0xFFFFFFFF
-"""VMADDR_CID_ANY: what the kernel answers while there is no vsock device."""
 
 
 def uptime_ms() -> int:
     """Return the milliseconds since the guest's kernel started."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-
-
-def local_cid() -> int:
-    """Return this VM's context id, or NO_CID. Raises OSError."""
-    fd = posix.open("/dev/vsock", posix.O_RDONLY | posix.O_CLOEXEC)
-    try:
-        return int(unpack("I", ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, pack("I", NO_CID)))[0])
-    finally:
-        posix.close(fd)
-
-
-def dial_host() -> "_socket.socket | None":
-    """Return a connection to the host's port of our own CID; None as long as there is no device or no listener."""
-    cid = local_cid()
-    if cid == NO_CID:
-        return None
-    connection = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    try:
-        connection.connect((messages.HOST_CID, cid))
-    except OSError:
-        connection.close()
-        return None
-    return connection
-
-
-def dial_when_there(uevents: "Uevents") -> _socket.socket:
-    """Return a connection to the host as soon as the vsock device is there, however long that takes."""
-    while True:
-        connection = dial_host()
-        if connection:
-            return connection
-        uevents.wait()
 
 
 class Control:
@@ -83,11 +44,11 @@ class Control:
         """Send one message. Raises OSError when the host is gone: then this VM ends anyway."""
         frame = frames.encode(message)
         with self._write_lock:
-            self._connection.sendall(frame)
+            vsock.send_all(self._connection, frame)
 
     def dial_stream(self, token: str) -> _socket.socket:
         """Return a stream connection that has said its token. Raises OSError."""
-        connection = dial_host()
+        connection = vsock.dial()
         if connection is None:
             raise ConnectionRefusedError("the host does not take the stream's connection")
         connection.sendall(frames.encode({"hello": "stream", "token": token}))

@@ -69,10 +69,8 @@ def in_runc_words(message: str, program: str) -> str:
         return message
     elif "no such file or directory" in lowered or "not found" in lowered:
         reason = "no such file or directory"
-    elif "permission denied" in lowered:
+    elif "permission denied" in lowered or "not executable" in lowered or "not a regular file" in lowered:
         reason = "permission denied"
-    elif "is a directory" in lowered:
-        reason = "is a directory"
     elif "exec format error" in lowered:
         reason = "exec format error"
     else:

@@ -9,7 +9,7 @@ from fcntl import ioctl
 from pymicro.agent import console
 from pymicro.agent.concurrency import Event, start_thread
 from pymicro.agent.errors import NotFound
-from pymicro.agent.streams import InputPump, OutputPump
+from pymicro.agent.streams import InputPump, OutputPump, Pump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Process:
     def launch(self, streams: "Streams", terminal: bool, directory: str, command: "Callable[..., None]") -> None:
         """Run crun by `command(pid_file, console_socket, stdio)` with the process's stdio and read the pid.
 
-        Nothing is left of it if that raises.
+        The streams are dialled when that has worked: what crun itself writes to stderr when it fails is not the
+        process's. Nothing is left of it if that raises.
         """
         name = self.exec_id or "init"
         pid_file = f"{directory}/{name}.pid"
@@ -64,10 +65,14 @@ class Process:
             with open(pid_file, encoding="ascii") as file:
                 self.pid = int(file.read())
         except BaseException:
+            for pump in self._pumps():
+                pump.discard()
             self.close()
             raise
         finally:
             _unlink(pid_file)
+        for pump in self._pumps():
+            start_thread(pump.run)
 
     def _launch_pipes(self, streams: "Streams", pid_file: str, command: "Callable[..., None]") -> None:
         null = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)
@@ -77,13 +82,13 @@ class Process:
             if streams["stdin"]:
                 stdio[0], ours = _pipe()
                 theirs.append(stdio[0])
-                self._pump_input(streams["stdin"], ours)
+                self._add_input(streams["stdin"], ours)
             for number, stream in ((1, "stdout"), (2, "stderr")):
                 token = streams[stream]  # type: ignore[literal-required]  # the two names are right above
                 if token:
                     ours, stdio[number] = _pipe()
                     theirs.append(stdio[number])
-                    self._pump_output(stream, token, ours, terminal=False)
+                    self._add_output(stream, token, ours, terminal=False)
             command(pid_file, "", tuple(stdio))
         finally:
             for fd in theirs:
@@ -102,21 +107,21 @@ class Process:
         posix.set_blocking(master, False)
         self._console = master
         if streams["stdin"]:
-            self._pump_input(streams["stdin"], posix.dup(master))
+            self._add_input(streams["stdin"], posix.dup(master))
         if streams["stdout"]:
-            self._pump_output("stdout", streams["stdout"], posix.dup(master), terminal=True)
+            self._add_output("stdout", streams["stdout"], posix.dup(master), terminal=True)
 
-    def _pump_input(self, token: str, local: int) -> None:
+    def _add_input(self, token: str, local: int) -> None:
         self._stdin = InputPump(lambda: self._control.dial_stream(token), local)
-        start_thread(self._stdin.run)
 
-    def _pump_output(self, stream: str, token: str, local: int, *, terminal: bool) -> None:
+    def _add_output(self, stream: str, token: str, local: int, *, terminal: bool) -> None:
         def end(count: int) -> None:
             self._send_event("eof", stream=stream, bytes=count)
 
-        pump = OutputPump(lambda: self._control.dial_stream(token), local, terminal, end)
-        self._outputs[stream] = pump
-        start_thread(pump.run)
+        self._outputs[stream] = OutputPump(lambda: self._control.dial_stream(token), local, terminal, end)
+
+    def _pumps(self) -> "list[Pump]":
+        return [*([self._stdin] if self._stdin else ()), *self._outputs.values()]
 
     def watch(self, before_report: "Callable[[], bool]") -> None:
         """Begin to wait for the exit. `before_report` is called before it is reported; its result is the oom flag."""
@@ -158,10 +163,8 @@ class Process:
 
     def close(self) -> None:
         """Cut the streams and close the terminal. Idempotent."""
-        for pump in (self._stdin, *self._outputs.values()):
-            if pump:
-                pump.abort()
-        self._stdin = None
+        for pump in self._pumps():
+            pump.abort()
         if self._console is not None:
             posix.close(self._console)
             self._console = None

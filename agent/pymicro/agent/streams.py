@@ -14,6 +14,7 @@ from _socket import SHUT_RDWR, socket
 from _thread import allocate_lock
 
 from pymicro.agent.concurrency import log
+from pymicro.agent.vsock import MAX_SEND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     Connect = Callable[[], socket]
 
-CHUNK = 1 << 20
-"""Bytes asked of one splice. A pipe holds 64 KiB unless its owner enlarges it."""
 TERMINAL_CHUNK = 1 << 16
 LOST = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 DISCARD_CHECK_MS = 500
@@ -46,6 +45,11 @@ class Pump:
         with self._lock:
             self._aborted = True
             self._shut_down()
+
+    def discard(self) -> None:
+        """Close a pump that will not run after all."""
+        self.ended = True
+        posix.close(self._local)
 
     def _shut_down(self) -> None:
         if self._socket:
@@ -129,7 +133,7 @@ class OutputPump(Pump):
         stuck = False
         while True:
             try:
-                count = posix.splice(self._local, connection.fileno(), CHUNK, flags=posix.SPLICE_F_NONBLOCK)
+                count = posix.splice(self._local, connection.fileno(), MAX_SEND, flags=posix.SPLICE_F_NONBLOCK)
             except BlockingIOError:  # the pipe is empty, or the connection is full
                 if stuck or not readable(self._local):
                     return True
@@ -156,7 +160,7 @@ class OutputPump(Pump):
     def _send_all(self, connection: socket, data: bytes) -> None:
         while data:
             try:
-                count = connection.send(data)
+                count = connection.send(data[:MAX_SEND])
             except BlockingIOError:
                 wait_for(connection, select.POLLOUT | LOST)
                 continue
