@@ -6,6 +6,7 @@ whoever was killed when.
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -108,13 +109,20 @@ def _locked_flags(path: str) -> int:
 
 
 def unmount_below(directory: str) -> None:
-    """Unmount everything at and below `directory`, innermost first. Raises OSError."""
+    """Unmount everything at and below `directory`, innermost first. Raises OSError when a mount stays."""
     for point in sorted(_mount_points(directory), reverse=True):
-        sys.unmount(point)
+        try:
+            sys.unmount(point)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.ENOENT}:  # it went with another mount of its peer group
+                raise
+    if left := _mount_points(directory):
+        raise OSError(errno.EBUSY, f"{left[0]} is still mounted")
 
 
 def _mount_points(directory: str) -> list[str]:
-    real = os.path.realpath(directory)
+    parent, name = os.path.split(directory.rstrip("/"))
+    real = os.path.join(os.path.realpath(parent), name)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         points = [_unescape(line.split(" ")[4]) for line in file]
     return [point for point in points if point == real or point.startswith(real + "/")]
@@ -123,18 +131,15 @@ def _mount_points(directory: str) -> list[str]:
 def remove_tree(directory: str) -> None:
     """Unmount everything at and below `directory` and remove the mount points; never a file that lies on a mount.
 
-    Raises OSError, before anything is removed, when a mount stays.
+    The guest can write beside the mounts: symbolic links that it may have put anywhere, even in place of `directory`,
+    are removed and never followed. Raises OSError, before anything is removed, when a mount stays.
     """
     unmount_below(directory)
-    if left := _mount_points(directory):
-        raise OSError(errno.EBUSY, f"{left[0]} is still mounted; nothing was removed")
-    for where, directories, files in os.walk(directory, topdown=False):
-        for name in files:
-            os.unlink(os.path.join(where, name))
-        for name in directories:
-            os.rmdir(os.path.join(where, name))
     with suppress(FileNotFoundError):
-        os.rmdir(directory)
+        if os.path.islink(directory):
+            os.unlink(directory)
+        else:
+            shutil.rmtree(directory)  # goes by directory descriptors, so that renaming does not deceive it
 
 
 def _unescape(field: str) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -64,8 +63,7 @@ async def _serve(start: Start, listener: socket.socket) -> None:
     await events.flush(EVENTS_LIMIT)
     with suppress(FileNotFoundError):
         os.unlink(start.socket_path)
-    rootfs.unmount_below(start.directory)
-    shutil.rmtree(start.directory, ignore_errors=True)
+    rootfs.remove_tree(start.directory)
     service.cleaned_up.set()
     await server.close()
     with suppress(asyncio.CancelledError):
