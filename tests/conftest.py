@@ -4,11 +4,9 @@
 newest, and those marked `every_containerd` all of them.
 """
 
-import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -65,9 +63,7 @@ def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Ite
     if os.geteuid():
         pytest.skip("containerd needs root")
     with claimed_directory(REPOSITORY / "build/test") as directory:
-        name = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-        run = Path(f"/run/pymicro-test-{name}")
-        instance = Containerd(request.param, directory, run=run, namespace=f"test-{secrets.token_hex(3)}")
+        instance = Containerd(request.param, directory, namespace=f"test-{secrets.token_hex(3)}")
         try:
             instance.start()
             yield instance

@@ -31,9 +31,10 @@ def in_shell(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 def remains(directory: Path) -> list[str]:
-    home = Containerd(NEWEST, directory).home
-    mine = [path.parent for path in Path("/run/pymicro").glob("*/state.json") if str(home) in path.read_text()]
-    return [*map(str, processes_of(home)), *mounts_under([home, *mine]), *map(str, mine)]
+    containerd = Containerd(NEWEST, directory)
+    sandboxes = containerd.sandboxes()
+    mounts = mounts_under([containerd.home, *sandboxes])
+    return [*map(str, processes_of(containerd.home)), *mounts, *map(str, sandboxes)]
 
 
 @pytest.fixture

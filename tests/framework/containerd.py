@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ VERSIONS = ("1.6", "1.7", "2.1")
 NEWEST = VERSIONS[-1]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RUN = Path("/run/pymicro")
 SHIM = "containerd-shim-pymicro-v1"
 
 START_TIMEOUT = 30.0
@@ -46,7 +48,7 @@ UNWANTED = (
 
 
 class ContainerdError(Exception):
-    """containerd did not start or stop; the message carries the end of its log."""
+    """containerd did not do what it should; the message carries the end of its log, or what `ctr` said."""
 
 
 class Containerd:
@@ -55,8 +57,8 @@ class Containerd:
     A long directory is served from a short link in /run, because socket paths are limited.
     """
 
-    def __init__(self, version: str, directory: Path, *, run: Path | None = None, namespace: str = "default") -> None:
-        """`run`: where the shim keeps its sandboxes, instead of /run/pymicro. `namespace`: the clients' default."""
+    def __init__(self, version: str, directory: Path, *, namespace: str = "default") -> None:
+        """`namespace` is what clients use unless they say otherwise."""
         if version not in VERSIONS:
             raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
         self.version = version
@@ -66,7 +68,6 @@ class Containerd:
         self.log = self.home / "containerd.log"
         self.address = str(self.home / "containerd.sock")
         self.settings = self.home / "config.toml"
-        self.run = run
         self.namespace = namespace
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -119,10 +120,10 @@ class Containerd:
             self._delete_bundle(bundle)
             _unlink_socket(bundle)
         processes.end_processes_of(self.home)
-        for directory in filter(None, (self.run, self.home)):
-            processes.unmount_under(directory)
-        if self.run:
-            shutil.rmtree(self.run, ignore_errors=True)
+        processes.unmount_under(self.home)
+        for sandbox in self.sandboxes():
+            processes.unmount_under(sandbox)
+            shutil.rmtree(sandbox, ignore_errors=True)
         for name in ("root", "state", "bin"):
             shutil.rmtree(self.home / name, ignore_errors=True)
         for path in [*self.home.glob("containerd.sock*"), *self.home.glob("*.toml"), self.home / "env"]:
@@ -132,8 +133,6 @@ class Containerd:
 
     def write_settings(self, **tables: dict[str, object]) -> None:
         """Write the shim's settings anew, `tables` over the defaults: `write_settings(timeouts={"hello": 1})`."""
-        if self.run:
-            tables["paths"] = {"run": str(self.run), **tables.get("paths", {})}
         write_settings(self.settings, **tables)
 
     def responds(self) -> bool:
@@ -147,17 +146,20 @@ class Containerd:
     ) -> subprocess.CompletedProcess[str]:
         """Run `ctr` against this daemon, with the file descriptor `stdin` as its input.
 
-        Raises CalledProcessError (with `check`) or TimeoutExpired.
+        Raises ContainerdError for a failure (with `check`), and TimeoutExpired.
         """
-        return subprocess.run(
+        done = subprocess.run(
             [str(self.bin / "ctr"), *arguments],
             env={**os.environ, **self.client_environment},
             stdin=stdin,
             capture_output=True,
             text=True,
-            check=check,
+            check=False,
             timeout=timeout,
         )
+        if check and done.returncode:
+            raise ContainerdError(f"ctr {shlex.join(arguments)} ended with {done.returncode}: {done.stderr.strip()}")
+        return done
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the end of the daemon's log, which carries the shims' log lines too."""
@@ -252,8 +254,13 @@ class Containerd:
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def sandboxes(self) -> list[Path]:
-        """Return the directories in which the shim keeps its sandboxes now; only with a `run` directory of our own."""
-        return sorted(path for path in self.run.glob("*") if path.is_dir()) if self.run else []
+        """Return the directories of our sandboxes on this host: those whose state names a bundle of ours."""
+        found = []
+        for state in RUN.glob("*/state.json"):
+            with suppress(OSError):
+                if f"{self.home}/state/" in state.read_text(errors="replace"):
+                    found.append(state.parent)
+        return sorted(found)
 
     def end_containers(self) -> None:
         """Kill and remove all tasks and containers of all namespaces."""

@@ -37,7 +37,7 @@ class Ctr:
         self._prefix = secrets.token_hex(3)
 
     def __call__(self, *arguments: str, timeout: float = TIMEOUT, check: bool = True) -> Completed:
-        """Run `ctr arguments...` without input. Raises CalledProcessError (with `check`) and TimeoutExpired."""
+        """Run `ctr arguments...` without input. Raises ContainerdError (with `check`) and TimeoutExpired."""
         return self.containerd.ctr(*arguments, timeout=timeout, check=check)
 
     def new_id(self, name: str = "c") -> str:
@@ -107,8 +107,9 @@ class Ctr:
         """Run the command with runc and with our runtime, assert that exit code and output agree, and return ours."""
         reference = self.run(*command, options=options, runtime=RUNC, stdin=stdin)
         ours = self.run(*command, options=options, stdin=stdin)
+        got = (ours.returncode, ours.stdout, ours.stderr)
         expected = (reference.returncode, reference.stdout, reference.stderr)
-        assert (ours.returncode, ours.stdout, ours.stderr) == expected
+        assert got == expected, f"pymicro and runc differ:\n{got}\n{expected}"
         return ours
 
     def tasks(self) -> dict[str, str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from pymicro.shim import state
+
 from tests.framework.containerd import Containerd
 from tests.framework.processes import all_processes, mounts_under, processes_of
 
@@ -27,7 +29,6 @@ class Leftovers:
         """`container_ids`: a live collection of the ids that the test uses."""
         self._containerd = containerd
         self._ids = container_ids
-        self._directories = [d for d in (containerd.run, containerd.home / "state") if d]
         self._taps_before = _taps()
 
     def remaining(self) -> list[str]:
@@ -52,7 +53,7 @@ class Leftovers:
         """Return those with the daemon's mark, their children, and those that name our directories."""
         everything = all_processes()
         members = {process.pid for process in processes_of(self._containerd.home)}
-        names = [str(directory) for directory in self._directories]
+        names = [str(directory) for directory in self._directories()]
         members |= {pid for pid, process in everything.items() if any(name in process.command for name in names)}
         members -= {process.pid for process in self._containerd.daemons()} | {os.getpid(), os.getppid()}
         return [str(everything[pid]) for pid in sorted(members) if pid in everything]
@@ -65,14 +66,25 @@ class Leftovers:
                 with suppress(OSError):
                     namespaces.setdefault(os.readlink(entry / "ns/mnt"), entry.name)
         found: set[str] = set()
+        directories = self._directories()
         for pid in namespaces.values():
             with suppress(OSError):
-                found.update(mounts_under(self._directories, pid))
+                found.update(mounts_under(directories, pid))
         return sorted(found)
 
     def _sandbox_directories(self) -> list[Path]:
         bundles = self._containerd.home.glob("state/io.containerd.runtime.v2.task/*/*")
-        return [*self._containerd.sandboxes(), *sorted(bundles)]
+        sandboxes = {*self._containerd.sandboxes(), *(path for path in self._own_sandboxes() if path.exists())}
+        return [*sorted(sandboxes), *sorted(bundles)]
+
+    def _own_sandboxes(self) -> list[Path]:
+        """Return the directories of the sandboxes that have the test's ids, whether they exist or not."""
+        address, namespace = self._containerd.address, self._containerd.namespace
+        return [Path(state.directory(address, namespace, each)) for each in self._ids]
+
+    def _directories(self) -> list[Path]:
+        """Return the directories below which everything is the test's."""
+        return [self._containerd.home / "state", *self._own_sandboxes(), *self._containerd.sandboxes()]
 
     def _sockets(self) -> list[Path]:
         """Return the shims' sockets, whose names containerd's shim contract makes of address, namespace and id."""
