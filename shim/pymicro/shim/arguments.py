@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 SWITCHES = frozenset({"debug", "v", "info", "h", "help"})
+_FALSE = frozenset({"false", "f", "0"})
 
 
 class Arguments:
@@ -35,10 +36,11 @@ class Arguments:
         self.address = flags.get("address", "")
         self.id = flags.get("id", "")
         self.bundle = flags.get("bundle") or os.getcwd()
-        self.debug = "debug" in flags
-        self.version = "v" in flags
-        self.info = "info" in flags
-        self.help = "h" in flags or "help" in flags
+        on = {name for name in SWITCHES if flags.get(name, "false").lower() not in _FALSE}
+        self.debug = "debug" in on
+        self.version = "v" in on
+        self.info = "info" in on
+        self.help = "h" in on or "help" in on
 
     def __repr__(self) -> str:
         return f"<Arguments {self.action} {self.namespace}/{self.id}>"

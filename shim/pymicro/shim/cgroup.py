@@ -157,7 +157,7 @@ def _v1_limits(resources: "dict[str, dict[str, int]]") -> dict[str, str]:
         "cpu.shares": cpu.get("shares"),
         "cpu.cfs_period_us": cpu.get("period"),
         "cpu.cfs_quota_us": cpu.get("quota"),
-        "pids.max": pids.get("limit"),
+        "pids.max": "max" if (pids.get("limit") or 0) < 0 else pids.get("limit"),
     }
     return {name: str(value) for name, value in wanted.items() if value}
 

@@ -1,0 +1,208 @@
+"""A sandbox's record, and freeing whatever it left: any number of times, after any crash, and nothing else."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymicro.shim import cgroup, state
+
+Json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "0123456789abcdef"
+    (run / "share/c1").mkdir(parents=True)
+    (run / "fs.sock").write_text("")
+    return run
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Take note of the cgroups that would be killed and removed."""
+    freed: list[str] = []
+    monkeypatch.setattr(cgroup, "kill", lambda groups: freed.extend(f"kill {path}" for path in groups))
+    monkeypatch.setattr(cgroup, "remove", lambda groups: freed.extend(f"remove {path}" for path in groups))
+    return freed
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """Stands for a shim that runs."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_names_differ_by_containerd_namespace_and_sandbox() -> None:
+    keys = {state.key(*words) for words in (("a", "b", "c"), ("b", "a", "c"), ("a", "c", "b"), ("ab", "", "c"))}
+    assert len(keys) == 4
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in keys)
+    assert state.directory("a", "b", "c", "/run/x") == f"/run/x/{state.key('a', 'b', 'c')}"
+
+
+def test_what_is_written_is_read(run: Path) -> None:
+    state.write(str(run), {"sandbox": "c1", "cgroups": ["/sys/fs/cgroup/memory/x"]})
+    assert state.read(str(run)) == {"version": 1, "sandbox": "c1", "cgroups": ["/sys/fs/cgroup/memory/x"]}
+    assert sorted(path.name for path in run.iterdir()) == ["fs.sock", "share", "state.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_record(run: Path) -> None:
+    state.write(str(run), {"sandbox": "c1"})
+    with pytest.raises(TypeError):
+        state.write(str(run), {"sandbox": object()})
+    assert state.read(str(run))["sandbox"] == "c1"
+
+
+def test_freeing_twice_and_freeing_nothing(run: Path, freed: list[str]) -> None:
+    group = f"{cgroup.ROOT}/memory/pymicro-c1"
+    state.write(str(run), {"cgroups": [group]})
+    state.free(str(run))
+    assert freed == [f"kill {group}", f"remove {group}"]
+    assert not run.exists()
+    state.free(str(run))
+    assert freed == [f"kill {group}", f"remove {group}"]
+
+
+def test_freeing_with_the_record_cut_off_at_every_byte(run: Path, freed: list[str]) -> None:
+    state.write(str(run), {"cgroups": [f"{cgroup.ROOT}/memory/x"], "socket": "/nowhere", "shim_pid": os.getpid()})
+    whole = (run / state.STATE_FILE).read_bytes()
+    for size in range(len(whole)):
+        run.mkdir(exist_ok=True)
+        (run / state.STATE_FILE).write_bytes(whole[:size])
+        state.free(str(run))
+        assert not run.exists(), f"cut off at byte {size}"
+    assert freed == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"null", b"[]", b'"x"', b"7", b"{} {}"])
+def test_records_that_are_none(run: Path, content: bytes) -> None:
+    (run / state.STATE_FILE).write_bytes(content)
+    assert state.read(str(run)) == {}
+    state.free(str(run))
+    assert not run.exists()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    values=st.fixed_dictionaries({}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket"), Json))
+)
+def test_records_with_any_values(tmp_path: Path, values: dict[str, object]) -> None:
+    run = tmp_path / "run"
+    run.mkdir(exist_ok=True)
+    (run / state.STATE_FILE).write_text(json.dumps(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "kill", lambda *_: pytest.fail("a process was killed on the word of nonsense"))
+        state.free(str(run))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc",
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/",
+        "/sys/fs/cgroup/memory",
+        "/sys/fs/cgroup/memory/",
+        "/sys/fs/cgroup/memory/..",
+        "/sys/fs/cgroup/memory/x/../..",
+        "/sys/fs/cgroup/memory/./x",
+        "/sys/fs/cgroup/../../etc",
+        "/sys/fs/cgroupish/memory/x",
+        "memory/x",
+        "",
+        None,
+        7,
+    ],
+)
+def test_cgroups_that_cannot_be_ours_are_left_alone(
+    run: Path, freed: list[str], monkeypatch: pytest.MonkeyPatch, path: object
+) -> None:
+    """Killing what is in a hierarchy's root would be killing the host."""
+    monkeypatch.setattr(cgroup, "is_v2", lambda root=cgroup.ROOT: False)
+    state.write(str(run), {"cgroups": [path]})
+    state.free(str(run))
+    assert freed == []
+
+
+def test_with_cgroups_v2_the_first_level_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "is_v2", lambda root=cgroup.ROOT: True)
+    assert cgroup.is_ours("/sys/fs/cgroup/pymicro-c1")
+    assert not cgroup.is_ours("/sys/fs/cgroup")
+
+
+def test_only_a_socket_is_removed_as_the_socket(run: Path, tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "s"
+    precious.write_text("keep")
+    link = tmp_path / "link"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        link.symlink_to(path)
+        for foreign in (precious, link):
+            run.mkdir(exist_ok=True)
+            state.write(str(run), {"socket": str(foreign)})
+            state.free(str(run))
+            assert foreign.exists()
+        run.mkdir()
+        state.write(str(run), {"socket": str(path)})
+        state.free(str(run))
+        assert not path.exists()
+
+
+def test_socket_that_a_new_shim_has_bound_is_kept(run: Path, tmp_path: Path) -> None:
+    """A new sandbox of the same name listens at the same path as the one that it frees."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        state.write(str(run), {"socket": str(path)})
+        state.free(str(run), keep_socket=True)
+        assert path.exists()
+        assert not run.exists()
+
+
+def test_start_time_tells_processes_apart(sleeper: subprocess.Popen[bytes]) -> None:
+    started = state.start_time(sleeper.pid)
+    assert started > 0
+    assert state.start_time(sleeper.pid) == started
+    sleeper.kill()
+    sleeper.wait()
+    assert state.start_time(sleeper.pid) == 0
+
+
+def test_shim_that_runs_is_killed(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    state.write(str(run), {"shim_pid": sleeper.pid, "shim_start_time": state.start_time(sleeper.pid)})
+    assert state.shim_runs(state.read(str(run)))
+    state.free(str(run))
+    assert sleeper.wait(5) == -signal.SIGKILL
+
+
+def test_process_that_took_over_a_shims_pid_is_left_alone(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    state.write(str(run), {"shim_pid": sleeper.pid, "shim_start_time": state.start_time(sleeper.pid) - 1})
+    assert not state.shim_runs(state.read(str(run)))
+    state.free(str(run))
+    assert sleeper.poll() is None
+
+
+@pytest.mark.parametrize("pid", [0, 1, -1, "7", None, True, 1 << 40])
+def test_pids_that_cannot_be_a_shims(pid: object) -> None:
+    assert not state.shim_runs({"shim_pid": pid, "shim_start_time": 1})
+    assert not state.shim_runs({"shim_pid": pid, "shim_start_time": None})
+
+
+def test_the_shim_does_not_kill_itself(run: Path) -> None:
+    state.write(str(run), {"shim_pid": os.getpid(), "shim_start_time": state.start_time(os.getpid())})
+    state.free(str(run))
+    assert not run.exists()
