@@ -45,7 +45,7 @@ down: ## stop it; nothing stays running or mounted
 	@$(HOST) -m tests.framework.dev down --directory $(DEV)
 
 # -- testing -----------------------------------------------------------------------------------------------------------
-test: ready check ## run all checks and all tests except the slow ones (PYTEST="-k word" chooses)
+test: ready check $(STAMPS)/go ## run all checks and all tests except the slow ones (PYTEST="-k word" chooses)
 	$(SUDO) $(VENV)/pytest -m "not slow" tests/unit tests/conformance tests/integration tests/e2e $(PYTEST)
 
 check: .venv/.installed ## lint, formatting, types, import rules, generated code
@@ -55,10 +55,10 @@ check: .venv/.installed ## lint, formatting, types, import rules, generated code
 	$(VENV)/lint-imports
 	$(VENV)/python protos/generate.py --check
 
-unit: .venv/.installed ## run the tests that need neither root nor other programs
+unit: .venv/.installed $(STAMPS)/go ## run the tests that need neither root nor other programs
 	$(VENV)/pytest tests/unit tests/conformance $(PYTEST)
 
-integration: ready ## run the tests of the pieces against real QEMU, virtiofsd and containerd
+integration: ready $(STAMPS)/go ## run the tests of the pieces against real QEMU, virtiofsd and containerd
 	$(SUDO) $(VENV)/pytest -m "not slow" tests/integration $(PYTEST)
 
 e2e: ready ## run the tests that start containers through a real containerd
@@ -104,6 +104,12 @@ $(STAMPS)/packages: Makefile
 	  $(SUDO) apt-get update && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing </dev/null; \
 	fi
+	@touch $@
+
+# Some tests compare with containerd's own code, which is built from source.
+$(STAMPS)/go: | $(STAMPS)/packages
+	@command -v go >/dev/null || \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends golang-go </dev/null
 	@touch $@
 
 # The stamp lies in the environment, so that it goes with it.
