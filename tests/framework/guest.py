@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pymicro.wire import frames, messages
+
 from tests.framework.tools import tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def artefact(builder: str, variable: str) -> Path:
     chosen = os.environ.get(variable)
     if chosen:
         return Path(chosen)
-    command = ["/usr/bin/python3", REPOSITORY / builder, "--print-path"]
+    command = ["/usr/bin/python3", str(REPOSITORY / builder), "--print-path"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     directory = Path(output.splitlines()[-1])
     return directory / str(json.loads((directory / "manifest.json").read_text())["file"])
@@ -141,6 +142,9 @@ class Guest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+        self.close_streams()
+        if self._control:
+            self._control.socket.close()
         if error and self.console.exists():
             print(self.console.read_text(errors="replace")[-4000:], file=sys.stderr)
 
@@ -157,8 +161,14 @@ class Guest:
         vm_sockets = f"guest-cid={CID},socket=vhost.sock,uds-path=vsock"
         self._spawn([tool("vhost-device-vsock") / "vhost-device-vsock", "--vm", vm_sockets])
         self._spawn(
-            [tool("virtiofsd") / "virtiofsd", "--socket-path=fs.sock", f"--shared-dir={self.share}"]
-            + ["--sandbox=chroot", "--announce-submounts", "--xattr"]
+            [
+                tool("virtiofsd") / "virtiofsd",
+                "--socket-path=fs.sock",
+                f"--shared-dir={self.share}",
+                "--sandbox=chroot",
+                "--announce-submounts",
+                "--xattr",
+            ]
         )
         ports = [f"pcie-root-port,id=rp{i},chassis={i + 1},slot={i + 1},bus=pcie.0" for i in range(4)]
         init = "init=/usr/bin/python3 -- -I -S -E -B /usr/lib/pymicro/init.pyc"
@@ -193,7 +203,7 @@ class Guest:
         self.monitor.command("chardev-add", id=name, backend={"type": "socket", "data": address})
         self.monitor.command("device_add", driver=driver, id=f"{name}0", chardev=name, **options)
 
-    def _spawn(self, argv: list[str | Path]) -> "subprocess.Popen[bytes]":
+    def _spawn(self, argv: Sequence[str | Path]) -> "subprocess.Popen[bytes]":
         log = self._stack.enter_context((self.directory / f"{Path(argv[0]).name}.log").open("wb"))
         process = subprocess.Popen(argv, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._stack.callback(end, process)
@@ -241,6 +251,11 @@ class Guest:
                 self._changed.notify_all()
             if not message:
                 return
+
+    def hang_up(self) -> None:
+        """Close the control connection."""
+        assert self._control
+        self._control.socket.shutdown(socket.SHUT_RDWR)
 
     def send(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
@@ -291,7 +306,13 @@ class Guest:
         with self._changed:
             if not self._changed.wait_for(lambda: token in self._streams, timeout):
                 raise TimeoutError(f"no stream {token}")
-            return self._streams.pop(token)
+            return self._streams[token]
+
+    def close_streams(self, container: str = "") -> None:
+        """Close the stream connections of a container, of all by default."""
+        with self._changed:
+            for token in [token for token in self._streams if token.startswith(container)]:
+                self._streams.pop(token).socket.close()
 
     # Containers
 
@@ -314,6 +335,8 @@ class Guest:
         """Create, not yet start, a container; `spec` overrides keys of the OCI spec."""
         if not (self.share / container).exists():
             self.add_rootfs(container)
+        with self._changed:  # an earlier container of this name is not this one
+            self._events = [event for event in self._events if event["container"] != container]
         process = Process(self, container, None, terminal, stdin)
         full = {**oci_spec(container, arguments, terminal), **spec}
         result = self.call("create", container=container, spec=full, terminal=terminal, streams=process.tokens)
@@ -339,6 +362,7 @@ class Guest:
 
     def remove(self, container: str) -> None:
         self.call("delete", container=container)
+        self.close_streams(f"{container}|")
         shutil.rmtree(self.share / container)
 
 
@@ -350,7 +374,7 @@ class Process:
         self.container = container
         self.exec_id = exec_id
         self.pid = 0
-        name = f"{container}-{exec_id}-{time.monotonic_ns()}"
+        name = f"{container}|{exec_id}|{time.monotonic_ns()}"
         self.tokens = {
             "stdin": f"{name}-stdin" if stdin else None,
             "stdout": f"{name}-stdout",
@@ -392,7 +416,7 @@ class Process:
 
 def read_to_end(guest: Guest, process: Process, stream: str, timeout: float) -> bytes:
     connection = process.connection(stream)
-    parts: "queue.SimpleQueue[bytes]" = queue.SimpleQueue()
+    parts: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def pump() -> None:
         with suppress(OSError):  # closed below
@@ -417,7 +441,7 @@ def oci_process(arguments: tuple[str, ...], terminal: bool) -> Message:
         "args": list(arguments),
         "env": ["PATH=/usr/bin:/bin", "TERM=xterm"],
         "cwd": "/",
-        "capabilities": {name: capabilities for name in ("bounding", "effective", "permitted")},
+        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
         "noNewPrivileges": True,
     }
 
@@ -431,7 +455,7 @@ def oci_spec(container: str, arguments: tuple[str, ...], terminal: bool) -> Mess
         "root": {"path": f"{messages.GUEST_SHARE}/{container}/rootfs"},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc", "options": options},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
             {
                 "destination": "/dev/pts", "type": "devpts", "source": "devpts",
                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
