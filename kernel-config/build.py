@@ -5,7 +5,6 @@ Standard library only: it runs before anything is installed.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import kernel_cache
 import kernel_fragments
 import kernel_image
+import kernel_process
 import kernel_source
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,6 @@ USUAL_STEPS = 2250
 """Lines that make prints in a full build: the measure of progress, nothing depends on it."""
 PROGRESS_INTERVAL = 10.0
 NEEDED_SPACE = 3 << 30
-PR_SET_PDEATHSIG = 1
 
 
 class BuildError(Exception):
@@ -67,10 +66,6 @@ def make_environment() -> dict[str, str]:
     }
 
 
-def die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Maker:
     """Runs make on a source tree with its products in another directory, logging to a file."""
 
@@ -91,7 +86,7 @@ class Maker:
         process = subprocess.Popen(
             [*self.command, target], env=self.environment | environment, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509 - see above
+            start_new_session=True, preexec_fn=kernel_process.die_with_parent,  # noqa: PLW1509 - see above
         )  # fmt: skip
         try:
             self._follow(process, progress)

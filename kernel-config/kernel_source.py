@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kernel_cache import sha256_of
+from kernel_process import die_with_parent
 
 DEFAULT = Path("/usr/src/linux-source-6.12.tar.xz")
 
@@ -56,7 +57,10 @@ def unpack(source: Path, scratch: Path) -> Path:
     tree.mkdir()
     command = ["tar", "--extract", f"--file={source}", f"--directory={tree}", "--strip-components=1", "--no-same-owner"]
     command += ["--wildcards", *(f"--exclude={pattern}" for pattern in NOT_UNPACKED)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=die_with_parent,  # safe: the program has one thread
+    )  # fmt: skip
     if done.returncode != 0 or not (tree / "Kbuild").is_file():
         last_words = done.stderr.strip().splitlines()[-3:]
         raise SourceError(f"{source} cannot be unpacked as a kernel source: {' '.join(last_words)}")

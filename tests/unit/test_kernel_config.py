@@ -31,6 +31,7 @@ def load(name: str) -> ModuleType:
 fragments = load("kernel_fragments")
 cache = load("kernel_cache")
 image = load("kernel_image")
+load("kernel_process")
 source = load("kernel_source")
 
 
