@@ -19,6 +19,8 @@ SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYMICRO_CACHE,XDG
 VENV   := .venv/bin
 HOST   := $(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(PYTHON)
 STAMPS := build/stamps
+APT_UPDATE  := $(SUDO) apt-get update
+APT_INSTALL := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends
 
 # Debian 12 has virtiofsd in a package of QEMU, later ones in a package of its own.
 DEBIAN   := $(shell . /etc/os-release && echo $$VERSION_ID)
@@ -101,15 +103,13 @@ $(STAMPS)/packages: Makefile
 	  dpkg-query -W -f '$${db:Status-Status}' $$name 2>/dev/null | grep -qx installed || echo $$name; done); \
 	if [ -n "$$missing" ]; then \
 	  echo "installing Debian packages:" $$missing; \
-	  $(SUDO) apt-get update && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing </dev/null; \
+	  $(APT_UPDATE) && $(APT_INSTALL) $$missing </dev/null; \
 	fi
 	@touch $@
 
 # Some tests compare with containerd's own code, which is built from source.
 $(STAMPS)/go: | $(STAMPS)/packages
-	@command -v go >/dev/null || \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends golang-go </dev/null
+	@command -v go >/dev/null || { $(APT_UPDATE) && $(APT_INSTALL) golang-go </dev/null; }
 	@touch $@
 
 # The stamp lies in the environment, so that it goes with it.
