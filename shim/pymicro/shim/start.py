@@ -28,12 +28,12 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     Raises OSError, ValueError (config.json), RuntimeError with what is wrong.
     """
     options = sys.stdin.buffer.read()
-    with open("config.json", encoding="utf-8") as file:
-        annotations = json.load(file).get("annotations") or {}
+    annotations = _annotations()
     sandbox_id = sandbox_of(annotations, arguments.id)
     path = socket_path(arguments.address, arguments.namespace, sandbox_id)
     listener = bind(path)
     if listener is None:
+        _record_address(path)
         _answer(path)
         return
     if joins_running_sandbox(annotations):
@@ -44,9 +44,19 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     with suppress(FileNotFoundError):
         state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
+    _record_address(path)  # before there is a daemon: what can fail must not leave one behind
     if os.fork() == 0:
         _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)
     _answer(path)
+
+
+def _annotations() -> dict[str, str]:
+    with open("config.json", encoding="utf-8") as file:
+        spec = json.load(file)
+    annotations = (spec.get("annotations") or {}) if isinstance(spec, dict) else None
+    if not isinstance(annotations, dict):
+        raise ValueError("config.json holds no OCI spec")  # noqa: TRY004  # the file's content, not our types
+    return annotations
 
 
 def socket_path(address: str, namespace: str, sandbox_id: str) -> str:
@@ -92,13 +102,16 @@ def _answers(path: str) -> bool:
         return bool(uid == os.geteuid())
 
 
-def _answer(path: str) -> None:
-    """Tell containerd the address; 1.6 and 1.7 also look for it in the bundle."""
-    address = f"unix://{path}"
+def _record_address(path: str) -> None:
+    """Write the address into the bundle, where containerd 1.6 and 1.7 look for it after a restart."""
     with open("address.new", "w", encoding="ascii") as file:
-        file.write(address)
+        file.write(f"unix://{path}")
     os.replace("address.new", "address")
-    os.write(1, address.encode())
+
+
+def _answer(path: str) -> None:
+    """Tell containerd the address."""
+    os.write(1, f"unix://{path}".encode())
 
 
 def _become_daemon(

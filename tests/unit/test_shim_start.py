@@ -1,0 +1,332 @@
+"""`start` and `delete` as containerd runs them: sockets, answers, and what they may import."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pymicro.protos import task_pb2
+from pymicro.shim import delete, grouping, start, state
+
+HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
+HEAVY |= {"qemu", "subprocess", "tempfile", "typing"}
+
+PROGRAM = """
+import sys
+from pymicro.shim import state
+from pymicro.shim.__main__ import main
+sockets, run = sys.argv.pop(1), sys.argv.pop(1)
+state.directory = lambda address, namespace, sandbox: f"{run}/{sandbox}"
+if sys.argv[-1] == "start":
+    from pymicro.shim import start
+    start.SOCKET_DIRECTORY = sockets
+    start._become_daemon = lambda *arguments: (open("daemon", "w").close(), start.os._exit(0))
+status = main()
+with open("modules", "w") as file:
+    file.write(" ".join(sys.modules))
+sys.exit(status)
+"""
+
+
+class Host:
+    """A bundle, a socket directory and a run directory of our own, in which `start` and `delete` are run."""
+
+    def __init__(self, directory: Path, sockets: Path) -> None:
+        self.bundle, self.run, self.sockets = directory / "bundle", directory / "run", sockets
+        self.bundle.mkdir()
+        self.annotations({})
+
+    def annotations(self, annotations: dict[str, str]) -> None:
+        (self.bundle / "config.json").write_text(json.dumps({"annotations": annotations}))
+
+    def execute(self, action: str, container_id: str = "c1") -> subprocess.CompletedProcess[bytes]:
+        words = ["-namespace", "ns", "-address", "/run/containerd.sock", "-publish-binary", "/x", "-id", container_id]
+        return subprocess.run(
+            [sys.executable, "-S", "-c", PROGRAM, self.sockets, self.run, *words, "-bundle", self.bundle, action],
+            cwd=self.bundle,
+            env={"PYTHONPATH": ":".join(sys.path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+
+    def socket_path(self, sandbox_id: str) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(start, "SOCKET_DIRECTORY", str(self.sockets))
+            return start.socket_path("/run/containerd.sock", "ns", sandbox_id)
+
+    @property
+    def imports(self) -> set[str]:
+        return {name.partition(".")[0] for name in (self.bundle / "modules").read_text().split()}
+
+    @property
+    def heavy_imports(self) -> set[str]:
+        return HEAVY & self.imports
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    with tempfile.TemporaryDirectory() as sockets:  # a path that fits into a socket's address
+        yield Host(tmp_path, Path(sockets))
+
+
+@pytest.fixture
+def listening(host: Host) -> Iterator[str]:
+    """A shim that runs: its socket's path, for the sandbox `pod`."""
+    path = host.socket_path("pod")
+    listener = start.bind(path)
+    assert listener
+    yield path
+    listener.close()
+
+
+def test_start_answers_with_the_address_alone(host: Host) -> None:
+    result = host.execute("start")
+    address = f"unix://{host.socket_path('c1')}"
+    assert (result.returncode, result.stdout, result.stderr) == (0, address.encode(), b"")
+    assert (host.bundle / "address").read_text() == address
+    assert stat.S_ISSOCK(os.stat(host.socket_path("c1")).st_mode)
+    assert stat.S_IMODE((host.run / "c1").stat().st_mode) == 0o700
+    assert (host.bundle / "daemon").exists()
+
+
+def test_start_imports_little(host: Host) -> None:
+    assert host.execute("start").returncode == 0
+    assert host.heavy_imports == set()
+
+
+def test_start_over_a_leftover_sandbox_keeps_the_new_socket(host: Host) -> None:
+    """A shim that was killed leaves its record, which names the very path that the new one listens at."""
+    path = host.socket_path("c1")
+    run = host.run / "c1"
+    run.mkdir(parents=True)
+    state.write(str(run), {"socket": path, "cgroups": [], "shim_pid": 4194304, "shim_start_time": 1})
+    assert host.execute("start").returncode == 0
+    assert stat.S_ISSOCK(os.stat(path).st_mode)
+    assert state.read(str(run)) == {}
+
+
+def test_second_container_of_a_pod_joins_the_first(host: Host, listening: str) -> None:
+    host.annotations({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"})
+    result = host.execute("start", "c2")
+    assert (result.stdout, result.stderr) == (f"unix://{listening}".encode(), b"")
+    assert (host.bundle / "address").read_text() == f"unix://{listening}"
+    assert not (host.bundle / "daemon").exists()
+    assert not host.run.exists()
+    assert host.heavy_imports == set()
+
+
+def test_container_of_a_pod_that_does_not_run(host: Host) -> None:
+    host.annotations({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"})
+    result = host.execute("start", "c2")
+    assert result.returncode == 1
+    assert result.stderr == b"pymicro: the sandbox 'pod' of container 'c2' does not run\n"
+    assert not os.path.exists(host.socket_path("pod"))
+
+
+@pytest.mark.parametrize("config", ["", "{", "[1]", "null", '{"annotations": "x"}'])
+def test_config_that_makes_no_sense_is_one_line_on_stderr(host: Host, config: str) -> None:
+    (host.bundle / "config.json").write_text(config)
+    result = host.execute("start")
+    assert result.returncode == 1
+    assert result.stdout == b""
+    assert result.stderr.startswith(b"pymicro: ")
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_group_that_is_no_identifier(host: Host) -> None:
+    """Cgroups are named after it: `..` in it would lead to the hierarchy's root."""
+    host.annotations({grouping.GROUP: "../../.."})
+    result = host.execute("start")
+    assert result.returncode == 1
+    assert b"is no identifier" in result.stderr
+
+
+def test_unknown_action(host: Host) -> None:
+    result = host.execute("stop")
+    assert result.returncode == 1
+    assert b"unknown action 'stop'" in result.stderr
+
+
+def test_delete_without_a_sandbox(host: Host) -> None:
+    before = time.time()
+    result = host.execute("delete")
+    assert (result.returncode, result.stderr) == (0, b"")
+    response = task_pb2.DeleteResponse.FromString(result.stdout)
+    assert response.exit_status == 137
+    assert before - 1 <= response.exited_at.seconds <= time.time()
+    assert host.heavy_imports | ({"socket", "shutil"} & host.imports) == set()
+
+
+def test_delete_frees_a_sandbox_any_number_of_times(host: Host) -> None:
+    run = host.run / "c1"
+    (run / "share/c1").mkdir(parents=True)
+    state.write(str(run), {"socket": "/nowhere", "cgroups": [], "containers": ["c1"]})
+    for _ in range(2):
+        result = host.execute("delete")
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert not run.exists()
+
+
+def test_delete_when_the_bundle_is_gone(host: Host) -> None:
+    (host.bundle / "config.json").unlink()
+    assert host.execute("delete").returncode == 0
+
+
+def running_sandbox(host: Host, containers: list[str]) -> tuple[Path, subprocess.Popen[bytes]]:
+    """Record a sandbox whose shim (a stand-in) runs."""
+    shim = subprocess.Popen(["sleep", "60"])
+    run = host.run / "pod"
+    run.mkdir(parents=True)
+    state.write(
+        str(run),
+        {"shim_pid": shim.pid, "shim_start_time": state.start_time(shim.pid), "cgroups": [], "containers": containers},
+    )
+    return run, shim
+
+
+@pytest.mark.parametrize(
+    ("container", "annotations"),
+    [
+        ("c2", {grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"}),
+        ("c2", {grouping.GROUP: "pod"}),
+        ("pod", {}),
+    ],
+    ids=["a container of a pod", "a member of a group", "the container that the sandbox is named after"],
+)
+def test_delete_leaves_a_vm_that_others_use(host: Host, container: str, annotations: dict[str, str]) -> None:
+    run, shim = running_sandbox(host, ["pod", "c1"])
+    host.annotations(annotations)
+    try:
+        assert host.execute("delete", container).returncode == 0
+        assert shim.poll() is None
+        assert run.exists()
+    finally:
+        shim.kill()
+        shim.wait()
+
+
+def test_delete_ends_a_shim_that_hangs(host: Host) -> None:
+    run, shim = running_sandbox(host, ["pod"])
+    try:
+        assert host.execute("delete", "pod").returncode == 0
+        assert shim.wait(5) == -9
+        assert not run.exists()
+    finally:
+        shim.kill()
+        shim.wait()
+
+
+# --- the socket
+
+
+def test_bound_socket_is_for_its_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s" / "socket"
+    mask = os.umask(0)
+    try:
+        listener = start.bind(str(path))
+        assert os.umask(0) == 0, "the umask was not put back"
+    finally:
+        os.umask(mask)
+    assert listener
+    with listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert not os.get_inheritable(listener.fileno())
+
+
+def test_leftover_socket_is_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+        dead.listen()
+    listener = start.bind(path)
+    assert listener
+    with listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+
+
+def test_live_socket_is_found_and_left(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    listener = start.bind(path)
+    assert listener
+    with listener:
+        assert start.bind(path) is None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+
+
+def test_two_starts_at_the_same_time_make_one_daemon(tmp_path: Path) -> None:
+    path = str(tmp_path / "s" / "socket")
+    os.makedirs(os.path.dirname(path))
+    results: list[socket.socket | None] = []
+    threads = [threading.Thread(target=lambda: results.append(start.bind(path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    listeners = [result for result in results if result is not None]
+    assert len(listeners) == 1
+    listeners[0].close()
+
+
+def test_socket_paths_are_short_and_differ() -> None:
+    one = start.socket_path("/run/containerd/containerd.sock", "ns", "x" * 200)
+    assert len(one) <= 107, "the limit of sun_path"
+    assert one != start.socket_path("/run/containerd/containerd.sock", "ns", "y" * 200)
+
+
+def test_log_is_opened_without_waiting_for_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert start._open_log() == -1
+    os.mkfifo("log")
+    fd = start._open_log()
+    os.write(fd, b"line")
+    os.close(fd)
+
+
+# --- the answer of delete
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**62), st.integers(0, 2**32 - 1))
+def test_delete_response_is_what_protobuf_writes(status: int, at_ns: int, pid: int) -> None:
+    message = task_pb2.DeleteResponse.FromString(delete.delete_response(status, at_ns, pid))
+    assert (message.exit_status, message.pid) == (status, pid)
+    assert (message.exited_at.seconds, message.exited_at.nanos) == divmod(at_ns, 10**9)
+
+
+@given(st.integers(1, 2**32 - 1), st.integers(10**9, 2**62).filter(lambda ns: ns % 10**9), st.integers(0, 2**32 - 1))
+def test_delete_response_byte_for_byte(status: int, at_ns: int, pid: int) -> None:
+    message = task_pb2.DeleteResponse(exit_status=status, pid=pid)
+    message.exited_at.seconds, message.exited_at.nanos = divmod(at_ns, 10**9)
+    assert delete.delete_response(status, at_ns, pid) == message.SerializeToString()
+
+
+# --- which sandbox
+
+
+@pytest.mark.parametrize(
+    ("annotations", "sandbox"),
+    [
+        ({}, "c1"),
+        ({grouping.CONTAINER_TYPE: "sandbox", grouping.SANDBOX_ID: "c1"}, "c1"),
+        ({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"}, "pod"),
+        ({grouping.CONTAINER_TYPE: "container"}, "c1"),
+        ({grouping.SANDBOX_ID: "pod"}, "c1"),
+        ({grouping.GROUP: "group"}, "group"),
+        ({grouping.GROUP: ""}, "c1"),
+    ],
+)
+def test_sandbox_of_a_container(annotations: dict[str, str], sandbox: str) -> None:
+    assert grouping.sandbox_of(annotations, "c1") == sandbox
