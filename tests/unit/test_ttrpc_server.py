@@ -1,6 +1,7 @@
 """The ttrpc server, by what a client sees on the wire."""
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pymicro.ttrpc import Call, Client, Code, Method, Server, StatusError, current_call
 from pymicro.ttrpc import frame as frames
 from pymicro.ttrpc.messages_pb2 import Request
+from pymicro.ttrpc.serving import ServerConnection
 from pymicro.ttrpc.status import StatusOf
 from pymicro.ttrpc.status import status_of as default_status_of
 
@@ -21,6 +23,7 @@ from tests.unit.ttrpc_harness import (
     Empty,
     Peer,
     Probe,
+    StringValue,
     echo,
     run,
     services,
@@ -278,6 +281,19 @@ def test_a_defect_is_logged_and_answered_with_its_text(caplog: pytest.LogCapture
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_handlers_own_timeout_is_not_taken_for_the_deadline() -> None:
+    async def impatient(_: Empty) -> Empty:
+        raise TimeoutError("the disk did not answer")
+
+    async def scenario() -> None:
+        server = Server({SERVICE: {"Impatient": Method(impatient, Empty)}})
+        async with serving(server) as address, await Client.connect(address) as client:
+            with pytest.raises(StatusError, match="the disk did not answer"):
+                await client.call(SERVICE, "Impatient", Empty(), Empty, timeout=60)
+
+    run(scenario())
+
+
 def test_the_server_may_classify_errors_itself(caplog: pytest.LogCaptureFixture) -> None:
     def status_of(error: BaseException) -> tuple[int, str] | None:
         return (Code.FAILED_PRECONDITION, "not now") if isinstance(error, LookupError) else None
@@ -391,6 +407,22 @@ def test_a_thousand_calls_at_once() -> None:
         async with serving(Server(services(Probe()))) as address, await Client.connect(address) as client:
             answers = await asyncio.gather(*(echo(client, str(i)) for i in range(1000)))
             assert answers == [str(i) for i in range(1000)]
+
+    run(scenario())
+
+
+def test_calls_and_streams_that_ended_are_forgotten() -> None:
+    async def scenario() -> None:
+        async with serving(Server(services(Probe()))) as address, await Client.connect(address) as client:
+            for _ in range(10):
+                await echo(client, "x")
+                async with await client.stream(SERVICE, "Repeat", StringValue) as stream:
+                    await stream.close_send()
+                    assert await stream.receive() is None
+            open_ = (found for found in gc.get_objects() if isinstance(found, ServerConnection) and not found.closing)
+            (connection,) = open_
+            assert not connection.tasks
+            assert not connection._streams
 
     run(scenario())
 
