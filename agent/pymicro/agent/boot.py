@@ -8,6 +8,11 @@ import posix
 from pymicro.agent import cgroups, crun, files, mounts, network, syscalls
 
 OPEN_FILES = 1048576
+SYSCTLS = (
+    ("/proc/sys/kernel/pid_max", "4194304"),
+    ("/proc/sys/vm/max_map_count", "1048576"),
+)
+"""Where the kernel's defaults are lower than what systemd gives the hosts that containers are tested on."""
 
 
 def prepare() -> None:
@@ -20,4 +25,6 @@ def prepare() -> None:
     syscalls.set_limit(syscalls.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
     for resource in (syscalls.RLIMIT_NPROC, syscalls.RLIMIT_CORE):
         syscalls.set_limit(resource, syscalls.RLIM_INFINITY, syscalls.RLIM_INFINITY)
+    for path, value in SYSCTLS:
+        files.write_text(path, value)
     files.make_directories(crun.STATE_DIRECTORY)

@@ -29,7 +29,7 @@ class Crun:
         Raises RuntimeFailed with the error that crun logged.
         """
         log = f"{self._directory}/crun-{next(self._calls)}.log"
-        options = ["--root", STATE_DIRECTORY, "--cgroup-manager=cgroupfs", "--log", log, "--log-format=json"]
+        options = ["--root", STATE_DIRECTORY, "--cgroup-manager=cgroupfs", "--log", f"file:{log}", "--log-format=json"]
         null = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)
         try:
             status = self._reaper.run([PROGRAM, *options, *arguments], stdio or (null, null, null))

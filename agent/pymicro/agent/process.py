@@ -13,6 +13,7 @@ from pymicro.agent.streams import InputPump, OutputPump, Pump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
     from typing import Any
 
@@ -108,17 +109,19 @@ class Process:
         self._console = master
         if streams["stdin"]:
             self._add_input(streams["stdin"], posix.dup(master))
-        if streams["stdout"]:
-            self._add_output("stdout", streams["stdout"], posix.dup(master), terminal=True)
+        self._add_output("stdout", streams["stdout"], posix.dup(master), terminal=True)
 
     def _add_input(self, token: str, local: int) -> None:
         self._stdin = InputPump(lambda: self._control.dial_stream(token), local)
 
-    def _add_output(self, stream: str, token: str, local: int, *, terminal: bool) -> None:
+    def _add_output(self, stream: str, token: "str | None", local: int, *, terminal: bool) -> None:
         def end(count: int) -> None:
             self._send_event("eof", stream=stream, bytes=count)
 
-        self._outputs[stream] = OutputPump(lambda: self._control.dial_stream(token), local, terminal, end)
+        def connect() -> "socket | None":
+            return self._control.dial_stream(token) if token else None
+
+        self._outputs[stream] = OutputPump(connect, local, terminal, end)
 
     def _pumps(self) -> "list[Pump]":
         return [*([self._stdin] if self._stdin else ()), *self._outputs.values()]

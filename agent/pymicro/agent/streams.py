@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Connect = Callable[[], socket]
+    Connect = Callable[[], "socket | None"]
 
 TERMINAL_CHUNK = 1 << 16
 LOST = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -31,7 +31,10 @@ class Pump:
     """What both directions share: a connection that is dialled in the pump's thread and can be cut from another."""
 
     def __init__(self, connect: "Connect", local: int) -> None:
-        """Take over the descriptor `local`, this side's end of the process's pipe or terminal."""
+        """Take over the descriptor `local`, this side's end of the process's pipe or terminal.
+
+        `connect` returns a connection, or None for a terminal whose output nobody wants.
+        """
         self._connect = connect
         self._local = local
         self._socket: socket | None = None
@@ -62,6 +65,9 @@ class Pump:
         """Dial, move bytes until the end, close everything. The pump's thread runs this."""
         try:
             connection = self._connect()
+            if connection is None:
+                self._discard()
+                return
             with self._lock:
                 self._socket = connection
                 if self._aborted:
@@ -80,6 +86,9 @@ class Pump:
 
     def _broken(self, error: OSError) -> None:
         """Deal with a connection that failed; for an input there is nothing more to do than to close it."""
+
+    def _discard(self) -> None:
+        """Keep the process from blocking on a stream that nobody serves."""
 
     def _close(self) -> None:
         with self._lock:
@@ -169,11 +178,10 @@ class OutputPump(Pump):
 
     def _broken(self, error: OSError) -> None:
         log(f"an output stream broke, what follows is dropped: {error}")
-        self.ended = True
         self._discard()
 
     def _discard(self) -> None:
-        """Keep the process from blocking on a stream that nobody serves any more."""
+        self.ended = True
         poller = select.poll()
         poller.register(self._local, select.POLLIN)
         try:
