@@ -15,7 +15,8 @@ PYTEST     ?=
 
 # -- names used below --------------------------------------------------------------------------------------------------
 # Root is needed for apt and for containers. Another user's sudo keeps that user's cache.
-SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYMICRO_CACHE,XDG_CACHE_HOME,PYMICRO_DEBIAN_MIRROR HOME=$(HOME))
+KEPT   := PYMICRO_CACHE,PYMICRO_DEBIAN_MIRROR,PYMICRO_IMAGE,PYMICRO_KERNEL,XDG_CACHE_HOME,KERNEL_SOURCE,CI
+SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=$(KEPT) HOME=$(HOME))
 VENV   := .venv/bin
 HOST   := $(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(PYTHON)
 STAMPS := build/stamps
@@ -43,7 +44,7 @@ run: ready ## set everything up, run one container in its own VM, and say which 
 up: ready ## start a private containerd in the background (CONTAINERD=1.6|1.7|2.1), to be used after `. build/dev/env`
 	@$(HOST) -m tests.framework.dev up --containerd $(CONTAINERD) --directory $(DEV)
 
-down: ## stop it; nothing stays running or mounted
+down: ## stop it, and whatever an interrupted run or test has left; nothing stays running or mounted
 	@$(HOST) -m tests.framework.dev down --directory $(DEV)
 
 # -- testing -----------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ bench: ready ## measure start, exec, memory and throughput against runc and the 
 
 # -- building ----------------------------------------------------------------------------------------------------------
 kernel: $(STAMPS)/packages ## build the guest kernel, or find it in the cache (KERNEL_SOURCE=dir builds that tree)
-	@$(PYTHON) kernel-config/build.py --print-path
+	@$(SUDO) $(PYTHON) kernel-config/build.py --print-path
 
 rootfs: $(STAMPS)/packages ## build the guest image, or find it in the cache
 	@$(SUDO) $(PYTHON) rootfs-builder/build.py --print-path

@@ -126,7 +126,11 @@ class Containerd:
             shutil.rmtree(sandbox, ignore_errors=True)
         for name in ("root", "state", "bin"):
             shutil.rmtree(self.home / name, ignore_errors=True)
-        for path in [*self.home.glob("containerd.sock*"), *self.home.glob("*.toml"), self.home / "env"]:
+        for path in [
+            *self.home.glob("containerd.sock*"),
+            *self.home.glob("*.toml"),
+            *(self.home / name for name in ("env", "busybox.tar")),
+        ]:
             path.unlink(missing_ok=True)
         if self.home != self.directory:
             self._unlink_home()

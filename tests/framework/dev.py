@@ -4,10 +4,13 @@ python3 -m tests.framework.dev up|down|run [--containerd VERSION] [--directory D
 """
 
 import argparse
+import fcntl
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tests.framework.busybox import NAME as IMAGE
@@ -27,7 +30,11 @@ def up(containerd: Containerd) -> None:
     running = environment.exists() and f"containerd {containerd.version}\n" in environment.read_text()
     if not (running and containerd.responds()):
         containerd.stop()
-        containerd.start()
+        try:
+            containerd.start()
+        except BaseException:
+            containerd.stop()
+            raise
         lines = [f"# containerd {containerd.version}"]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in containerd.client_environment.items()]
         lines += [f'export PATH={shlex.quote(str(containerd.bin))}:"$PATH"']
@@ -35,6 +42,15 @@ def up(containerd: Containerd) -> None:
     print(f"containerd {containerd.version} is up; its log: {containerd.directory}/containerd.log")
     print(f"  . {containerd.directory}/env")
     print(f"  ctr run --rm --runtime {PYMICRO} {IMAGE} hello uname -r")
+
+
+def down(containerd: Containerd) -> None:
+    """Stop the daemon, and those that a killed `make run` or test left; the locks tell which are still in use."""
+    containerd.stop()
+    for lock in sorted((REPOSITORY / "build").glob("*/*.lock")):
+        with lock.open("w") as handle, suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            Containerd(NEWEST, lock.with_suffix("")).stop()
 
 
 def run(containerd: Containerd, runtime: str) -> int:
@@ -71,6 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--runtime", default=PYMICRO, help="the runtime that `run` uses (default: %(default)s)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         if options.verb == "run":
             with claimed_directory(REPOSITORY / "build/run") as directory:
@@ -81,7 +98,7 @@ def main() -> int:
             if options.verb == "up":
                 up(containerd)
             else:
-                containerd.stop()
+                down(containerd)
     except (ToolError, ContainerdError, TimeoutError) as error:
         print(f"{options.verb}: {error}", file=sys.stderr)
         return 1
