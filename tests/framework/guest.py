@@ -198,6 +198,14 @@ class Guest:
         self._plug("vhost.sock", "vsock", "vhost-user-vsock-pci", bus="rp0")
         self._plug("fs.sock", "fs", "vhost-user-fs-pci", bus="rp1", tag=messages.SHARE_TAG)
 
+    def wait_for_console(self, text: str) -> None:
+        """Wait until the guest has written the text to its console. Raises TimeoutError."""
+        deadline = time.monotonic() + BOOT_TIMEOUT
+        while not self.console.exists() or text not in self.console.read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the console does not say {text!r}:\n{self.console.read_text()[-2000:]}")
+            time.sleep(0.01)
+
     def _plug(self, path: str, name: str, driver: str, **options: str) -> None:
         address = {"addr": {"type": "unix", "data": {"path": path}}, "server": False}
         self.monitor.command("chardev-add", id=name, backend={"type": "socket", "data": address})

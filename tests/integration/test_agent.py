@@ -402,7 +402,7 @@ def test_devices_plugged_into_a_waiting_vm(tmp_path: Path) -> None:
     """The agent waits for its devices: the place where a snapshot is taken."""
     with Guest(tmp_path / "vm") as guest:
         guest.boot(attach=False)
-        time.sleep(6)
+        guest.wait_for_console("ready, waiting for a vsock device")
         plugged = time.monotonic()
         guest.attach()
         guest.setup()

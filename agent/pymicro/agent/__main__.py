@@ -20,7 +20,7 @@ def main() -> None:
         reaper = Reaper()
         reaper.start()
         # A VM is snapshotted while it waits in here: nothing of one pod may be known before.
-        connection = control.Control(vsock.dial_when_there(uevents))
+        connection = control.Control(vsock.dial_when_there(uevents, lambda: boot.warm_up(reaper)))
         connection.say_hello(BOOT_MS)
         connection.serve(Agent(connection, reaper, uevents))
         log("the host hung up")

@@ -6,13 +6,29 @@ Nothing here depends on the pod, so a snapshot of the VM may be taken right afte
 import posix
 
 from pymicro.agent import cgroups, crun, files, mounts, network, syscalls
+from pymicro.agent.concurrency import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.agent.reaper import Reaper
 
 OPEN_FILES = 1048576
+READY = "ready, waiting for a vsock device"
+"""The console's line that says that nothing more happens until the host attaches the pod's devices."""
 SYSCTLS = (
     ("/proc/sys/kernel/pid_max", "4194304"),
     ("/proc/sys/vm/max_map_count", "1048576"),
 )
 """Where the kernel's defaults are lower than what systemd gives the hosts that containers are tested on."""
+
+
+def warm_up(reaper: "Reaper") -> None:
+    """Read crun and its libraries into the page cache while nothing else is to do, and tell a snapshot's maker.
+
+    Called while the VM has no vsock yet: this saves the first container of every clone about 100 ms.
+    """
+    crun.Crun(reaper, crun.STATE_DIRECTORY).run("--version")
+    log(READY)
 
 
 def prepare() -> None:

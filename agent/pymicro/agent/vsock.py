@@ -9,6 +9,8 @@ from pymicro.wire.messages import HOST_CID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pymicro.agent.uevents import Uevents
 
 IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
@@ -43,13 +45,19 @@ def dial() -> "_socket.socket | None":
     return connection
 
 
-def dial_when_there(uevents: "Uevents") -> _socket.socket:
-    """Return a connection to the host as soon as the vsock device is there, however long that takes."""
-    while True:
+def dial_when_there(uevents: "Uevents", meanwhile: "Callable[[], None]") -> _socket.socket:
+    """Return a connection to the host as soon as the vsock device is there, however long that takes.
+
+    `meanwhile` is called once if it takes any time at all.
+    """
+    connection = dial()
+    if connection is None:
+        meanwhile()
+    while connection is None:
         connection = dial()
-        if connection:
-            return connection
-        uevents.wait()
+        if connection is None:
+            uevents.wait()
+    return connection
 
 
 def send_all(connection: _socket.socket, data: bytes) -> None:
