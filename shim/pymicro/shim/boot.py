@@ -64,7 +64,7 @@ def pod_place(directory: str, sandbox_id: str, bundle: Bundle, note: Note) -> It
     not starve the VMM. In Kubernetes both lie in the pod's cgroup.
     """
     own = cgroup.relative_path(bundle.cgroups_path, f"pymicro/{sandbox_id}")
-    groups = cgroup.directories(os.path.join(os.path.dirname(own), f"pymicro-{sandbox_id}"))
+    groups = cgroup.directories(os.path.join(os.path.dirname(own), f"pymicro-{os.path.basename(directory)}"))
     note(cgroups=list(groups))
     with pod_netns(bundle.netns_path) as netns_fd:
         try:
@@ -93,11 +93,13 @@ async def boot(
     note(vcpus=spec.vcpus, memory_mib=spec.memory_mib, accel=spec.accel)
     share_directory = place.directory / "share"
     share_directory.mkdir(exist_ok=True)
-    rootfs.make_share(str(share_directory))
+    view = place.directory / "view"
+    view.mkdir(exist_ok=True)
+    rootfs.make_share(str(share_directory), str(view))
     async with AsyncExitStack() as stack:
         fs_socket = place.directory / "fs.sock"
         program = host.find_virtiofsd(settings)
-        share = await stack.enter_async_context(virtiofsd.serve(program, share_directory, fs_socket, place))
+        share = await stack.enter_async_context(virtiofsd.serve(program, view, fs_socket, place))
         try:
             vm = await stack.enter_async_context(registry.hypervisor(settings).launch(spec, Boot(), place))
             note(vmm_pid=vm.pid)

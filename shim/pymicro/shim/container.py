@@ -7,10 +7,12 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pymicro.shim import cgroup
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.anchor import Anchor
 from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, StepTimeout, WrongState
 from pymicro.shim.events import Publisher
+from pymicro.shim.guestspec import guest_process, guest_resources
 from pymicro.shim.process import KILLED, Process, Status
 from pymicro.shim.requests import Deleted, ExecProcess, ProcessInfo
 from pymicro.shim.streams import Streams
@@ -43,6 +45,7 @@ class Container:
     pod: Pod
     resources: AsyncExitStack
     anchor: Anchor = field(init=False)
+    cgroups: tuple[str, ...] = ()
     guest_pid: int = 0
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -66,21 +69,25 @@ class Container:
         process = self.process(exec_id)
         process.require(Status.CREATED)
         self._refuse_starting(process)
-        process.start_gate.clear()
-        process.starting()
+        process.starting = True
+        process.forget_failure()
         try:
             await (self._start_exec(process) if exec_id else self._start_init())
         finally:
-            process.start_gate.set()
+            process.starting = False
+            process.gate.set()
         return process.pid
 
     @staticmethod
     def _refuse_starting(process: Process) -> None:
-        if not process.start_gate.is_set():
+        if process.starting:
             raise WrongState(f"{process!r} is being started")
 
     async def _start_init(self) -> None:
-        await (await self.pod.agent()).call("start", {"container": self.id})
+        agent = await self.pod.agent()
+        self.init.open_stdin()
+        self.init.gate.clear()
+        await agent.call("start", {"container": self.id})
         self.init.started(self.anchor.pid)
         self.pod.events.started(self.id, self.init.pid)
 
@@ -89,12 +96,14 @@ class Container:
             self.init.require(Status.RUNNING)
             agent = await self.pod.agent()
             tokens = await self.pod.open_stdio(process)
+            process.open_stdin()
+            process.gate.clear()
             reply = await agent.call(
                 "exec",
                 {
                     "container": self.id,
                     "exec": process.exec_id,
-                    "process": self._exec_specs[process.exec_id],
+                    "process": guest_process(self._exec_specs[process.exec_id]),
                     "terminal": process.paths.terminal,
                     "streams": tokens,
                 },
@@ -118,6 +127,7 @@ class Container:
     async def exited(self, event: dict[str, Any]) -> None:
         """Take the agent's exit event: output first, then TaskExit, then the waiters."""
         process = self.process(event["exec"] or "")
+        process.guest_status = event["status"]
         await process.drain(event, self.pod.drain_limit)
         if event["oom"]:
             self.pod.events.out_of_memory(self.id)
@@ -132,7 +142,7 @@ class Container:
             await self._report_exit(process, KILLED)
 
     async def _report_exit(self, process: Process, status: int) -> None:
-        await process.start_gate.wait()
+        await process.gate.wait()
         if process.status is Status.STOPPED:
             return
         if process.exec_id and process.status is Status.CREATED:
@@ -140,7 +150,7 @@ class Container:
             return
         if process is self.init:
             self.anchor.end()
-        process.ended(status)
+        process.ended(status if process.guest_status is None else process.guest_status)
         assert process.exit is not None
         self.pod.events.exited(self.id, process.exec_id, process.pid or self.anchor.pid, process.exit)
 
@@ -192,7 +202,9 @@ class Container:
     async def update(self, resources: dict[str, Any]) -> None:
         """Apply new limits. Raises WrongState for a stopped container."""
         self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
-        await (await self.pod.agent()).call("update", {"container": self.id, "resources": resources})
+        params = {"container": self.id, "resources": guest_resources(resources)}
+        await (await self.pod.agent()).call("update", params)
+        cgroup.write_limits(self.cgroups, resources)
 
     async def stats(self) -> dict[str, str]:
         """Return the texts of the container's cgroup files in the guest, by name."""

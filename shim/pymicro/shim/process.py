@@ -36,9 +36,13 @@ class Process:
         self.status = Status.CREATED
         self.pid = 0
         self.exit: Exit | None = None
-        self.start_gate = asyncio.Event()
-        """Closed while a Start is under way: an exit is not reported before its start is."""
-        self.start_gate.set()
+        self.starting = False
+        """Whether a Start is under way."""
+        self.gate = asyncio.Event()
+        """Closed while the guest creates or starts it: an exit is not reported before that has been."""
+        self.gate.set()
+        self.guest_status: int | None = None
+        """The exit status that the guest reported, kept while its last output is on the way."""
         self._exited = asyncio.Event()
         self._stdio: Stdio | None = None
         self._tokens: dict[str, str | None] = {}
@@ -59,7 +63,7 @@ class Process:
 
         def take_stdin(channel: Channel) -> None:
             assert stdio.stdin is not None
-            stdio.stdin.start(channel).add_done_callback(lambda task: self._stdin_ended(task, agent))
+            stdio.stdin.connect(channel, lambda count: self._stdin_ended(count, agent))
 
         self._tokens = {
             "stdin": streams.expect(take_stdin if stdio.stdin else None),
@@ -68,15 +72,18 @@ class Process:
         }
         return self._tokens
 
-    def _stdin_ended(self, task: asyncio.Task[int], agent: asyncio.Future[AgentClient]) -> None:
-        if task.cancelled() or task.exception() or self._exited.is_set() or not agent.done():
-            return
+    def open_stdin(self) -> None:
+        """Begin to read the client's stdin: the process is about to run. Raises InvalidRequest."""
+        if self._stdio and self._stdio.stdin:
+            self._stdio.stdin.open()
 
+    def _stdin_ended(self, count: int, agent: asyncio.Future[AgentClient]) -> None:
         async def tell() -> None:
             with suppress(NotFound, WrongState, SandboxDied):  # the process has ended meanwhile
-                await agent.result().call("close_stdin", {**self.guest_id, "bytes": task.result()})
+                await agent.result().call("close_stdin", {**self.guest_id, "bytes": count})
 
-        self._closing_stdin = asyncio.create_task(tell(), name="close-stdin")
+        if not self._exited.is_set() and agent.done():
+            self._closing_stdin = asyncio.create_task(tell(), name="close-stdin")
 
     def eof(self, stream: str, count: int) -> None:
         """The guest's `stream` ends after `count` bytes."""
@@ -94,7 +101,7 @@ class Process:
         if self._stdio is not None:
             await self._stdio.drain(event, limit)
 
-    def starting(self) -> None:
+    def forget_failure(self) -> None:
         """Forget an earlier attempt to start it that failed."""
         self.exit = None
         self._exited.clear()
@@ -115,6 +122,11 @@ class Process:
         """Release the waiters of an exec that could not be started; it stays created."""
         self.exit = self.exit or Exit(KILLED, datetime.now(UTC))
         self._exited.set()
+
+    def abandon(self) -> None:
+        """It could not be created, or it has been deleted: no exit of it is reported any more."""
+        self.status = Status.STOPPED
+        self.gate.set()
 
     async def wait(self) -> Exit:
         """Return how it ended, once it has."""

@@ -40,12 +40,18 @@ def private_namespace() -> None:
     sys.mount("none", "/", None, sys.MS_SLAVE | sys.MS_REC)
 
 
-def make_share(directory: str) -> None:
-    """Make `directory` a shared mount point: what is mounted below it later reaches virtiofsd's namespace. Raises
-    OSError.
+def make_share(directory: str, view: str) -> None:
+    """Make `directory` a shared mount point and `view` a second one of the same peer group, read-only at its top.
+
+    What is mounted below `directory` appears below `view` as well, and in the mount namespace of a virtiofsd that
+    serves
+    `view`. The guest may write into the mounts, as they allow, but not beside them: there we create directories and
+    follow paths as root. Raises OSError.
     """
     sys.mount(directory, directory, None, sys.MS_BIND)
     sys.mount("none", directory, None, sys.MS_SHARED)
+    sys.mount(directory, view, None, sys.MS_BIND)
+    sys.mount("none", view, None, sys.MS_BIND | sys.MS_REMOUNT | sys.MS_RDONLY | _locked_flags(view))
 
 
 def split_options(options: Iterable[str]) -> tuple[int, str]:

@@ -54,7 +54,8 @@ class Sandbox:
         self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
         self._death: SandboxDied | None = None
         self._tasks: set[asyncio.Task[object]] = set()
-        self._record: dict[str, Any] = {}
+        self._record: dict[str, Any] = {"created_at": time.time()}
+        self._ending = False
         self._place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self._life = asyncio.create_task(self._live(bundle), name="sandbox")
 
@@ -75,9 +76,10 @@ class Sandbox:
 
     async def agent(self) -> AgentClient:
         """Return the agent once the VM is up. Raises why it could not start, or SandboxDied."""
+        agent = await asyncio.shield(self._agent)
         if self._death is not None:
             raise self._death
-        return await asyncio.shield(self._agent)
+        return agent
 
     async def open_stdio(self, process: Process) -> dict[str, str | None]:
         """Open the stdio of `process`; return its stream tokens. Raises as Stdio.open()."""
@@ -148,9 +150,8 @@ class Sandbox:
                 "socket": identity.socket,
                 "shim_pid": os.getpid(),
                 "shim_start_time": state.start_time(os.getpid()),
-                "created_at": time.time(),
                 **self._record,
-                "containers": [*self.containers, *self._creating],
+                "containers": sorted({*self.containers, *self._creating}),
             },
         )
 
@@ -205,13 +206,15 @@ class Sandbox:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
         place = await asyncio.shield(self._place)
         process = Process(request.id, "", request.stdio)
+        process.gate.clear()
+        stack.callback(process.abandon)
         streams = await self.open_stdio(process)
         stack.push_async_callback(process.close, self.streams, 0)
         groups = self._make_cgroup(request.id, bundle, stack)
         root = self._mount(request, plan, stack)
         mounted = self._timeline.span("rootfs", begun)
 
-        container = Container(request.id, request.bundle, process, self, resources=stack)
+        container = Container(request.id, request.bundle, process, self, stack, cgroups=groups)
         container.anchor = anchor.start(root, replace(place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         self.containers[request.id] = container
@@ -221,11 +224,11 @@ class Sandbox:
         up = self._timeline.span("wait_for_vm", mounted)
         stack.push_async_callback(self._delete_in_guest, request.id)
         terminal = request.stdio.terminal
-        await agent.call(
-            "create", {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
-        )
+        params = {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
+        container.guest_pid = (await agent.call("create", params))["pid"]
         self._timeline.span("create", up)
         self.events.created(request, container.anchor.pid)
+        process.gate.set()
         return container
 
     def _guest_pids(self) -> dict[int, int]:
@@ -236,7 +239,7 @@ class Sandbox:
 
     def _make_cgroup(self, container_id: str, bundle: Bundle, stack: AsyncExitStack) -> tuple[str, ...]:
         groups = cgroup.directories(cgroup.relative_path(bundle.cgroups_path, f"pymicro/{container_id}"))
-        self._note(cgroups=sorted({*self._record.get("cgroups", ()), *groups}))
+        self._note(container_cgroups=sorted({*self._record.get("container_cgroups", ()), *groups}))
         stack.callback(cgroup.remove, groups)
         cgroup.create(groups)
         cgroup.write_limits(groups, bundle.resources)
@@ -277,12 +280,18 @@ class Sandbox:
         self.containers.pop(container_id, None)
         self._note()
         if self.idle:
-            self._life.cancel()
+            self._end()
         return deleted
+
+    def _end(self) -> None:
+        """Begin to take the VM down; a second call must not disturb the first."""
+        if not self._ending:
+            self._ending = True
+            self._life.cancel()
 
     async def stop(self) -> None:
         """Take the VM down and free everything. Idempotent."""
-        self._life.cancel()
+        self._end()
         await asyncio.wait([self._life])
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -57,7 +57,9 @@ async def _serve(start: Start, listener: socket.socket) -> None:
     methods = {name: Method(handler, request) for name, (request, handler) in service.methods().items()}
     server = Server(dict.fromkeys(SERVICES, methods), status_of=_status_of, authorize=_same_user)
     serving = asyncio.create_task(server.serve(listener), name="ttrpc")
-    await service.shutdown_requested.wait()
+    shutdown = asyncio.create_task(service.shutdown_requested.wait())
+    await asyncio.wait((shutdown, serving), return_when=asyncio.FIRST_COMPLETED)
+    shutdown.cancel()
     if isinstance(sandbox, Sandbox):
         await sandbox.stop()
     await events.flush(EVENTS_LIMIT)

@@ -22,6 +22,17 @@ SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 Handler = Callable[[Any], Awaitable[Message]]  # takes the message type beside it in TaskService.methods()
 
 
+def unbroken(handler: Handler) -> Handler:
+    """Return `handler` so that it runs to its end even if the client that called it goes away half way."""
+
+    async def run(request: Any) -> Message:  # as Handler
+        work = asyncio.ensure_future(handler(request))
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody asks
+        return await asyncio.shield(work)
+
+    return run
+
+
 class TaskService:
     """containerd's Task over one sandbox. A sandbox that cannot exist is given as the error that Create answers."""
 
@@ -33,23 +44,26 @@ class TaskService:
 
     def methods(self) -> dict[str, tuple[type[Message], Handler]]:
         """Return the request type and handler of each RPC, by its name."""
-        return {
-            "State": (task_pb2.StateRequest, self.state),
+        changing: dict[str, tuple[type[Message], Handler]] = {
             "Create": (task_pb2.CreateTaskRequest, self.create),
             "Start": (task_pb2.StartRequest, self.start),
             "Delete": (task_pb2.DeleteRequest, self.delete),
-            "Pids": (task_pb2.PidsRequest, self.pids),
+            "Exec": (task_pb2.ExecProcessRequest, self.exec),
+            "Kill": (task_pb2.KillRequest, self.kill),
             "Pause": (task_pb2.PauseRequest, self.pause),
             "Resume": (task_pb2.ResumeRequest, self.resume),
-            "Checkpoint": (task_pb2.CheckpointTaskRequest, self.checkpoint),
-            "Kill": (task_pb2.KillRequest, self.kill),
-            "Exec": (task_pb2.ExecProcessRequest, self.exec),
-            "ResizePty": (task_pb2.ResizePtyRequest, self.resize_pty),
-            "CloseIO": (task_pb2.CloseIORequest, self.close_io),
             "Update": (task_pb2.UpdateTaskRequest, self.update),
+            "CloseIO": (task_pb2.CloseIORequest, self.close_io),
+            "ResizePty": (task_pb2.ResizePtyRequest, self.resize_pty),
+        }
+        return {
+            **{name: (request, unbroken(handler)) for name, (request, handler) in changing.items()},
+            "State": (task_pb2.StateRequest, self.state),
+            "Pids": (task_pb2.PidsRequest, self.pids),
             "Wait": (task_pb2.WaitRequest, self.wait),
             "Stats": (task_pb2.StatsRequest, self.stats),
             "Connect": (task_pb2.ConnectRequest, self.connect),
+            "Checkpoint": (task_pb2.CheckpointTaskRequest, self.checkpoint),
             "Shutdown": (task_pb2.ShutdownRequest, self.shutdown),
         }
 

@@ -79,13 +79,17 @@ def free(run_directory: str, *, keep_socket: bool = False) -> None:
     if shim_runs(state) and state["shim_pid"] != os.getpid():
         with suppress(ProcessLookupError):
             os.kill(state["shim_pid"], signal.SIGKILL)
-    recorded = state.get("cgroups")
-    groups = [path for path in recorded if cgroup.is_ours(path)] if isinstance(recorded, list) else []
+    groups = _cgroups(state, "cgroups")
     cgroup.kill(groups)
-    cgroup.remove(groups)
+    cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
     if not keep_socket:
         _remove_socket(state.get("socket"))
     shutil.rmtree(run_directory, ignore_errors=True)
+
+
+def _cgroups(state: "dict[str, Any]", name: str) -> list[str]:
+    recorded = state.get(name)
+    return [path for path in recorded if cgroup.is_ours(path)] if isinstance(recorded, list) else []
 
 
 def _remove_socket(path: object) -> None:

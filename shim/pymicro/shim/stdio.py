@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
@@ -145,22 +146,48 @@ class Output:
 
 
 class Input:
-    """stdin: reads the client's FIFO and writes it to the guest's stream."""
+    """stdin: reads the client's FIFO and writes it to the guest's stream.
 
-    def __init__(self, fd: int, keepalive: int) -> None:
-        self._fd = fd
-        self._keepalive = keepalive
-        self._task: asyncio.Task[int] | None = None
-        self._channel: Channel | None = None
+    The FIFO is opened when the process is about to run, not before: `ctr` drops an end of file that it reads before its
+    task exists, and until somebody reads the FIFO its writer waits, so it cannot come to the end too early.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Take a FIFO's path. Raises InvalidRequest when there is none."""
+        if not os.path.exists(path):
+            raise InvalidRequest(f"there is no FIFO {path!r} to read stdin from")
+        self._path = path
+        self._fd = -1
+        self._keepalive = -1
+        self._wants_end = False
         self._closed = False
+        self._channel: Channel | None = None
+        self._ended: Callable[[int], None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
-    def start(self, channel: Channel) -> asyncio.Task[int]:
-        """Begin to relay to `channel`; the task's result is the number of bytes at the end of file."""
-        self._channel = channel
-        self._task = asyncio.create_task(self._relay(channel), name="stdio-input")
-        # not in a `finally` of the task: one that is cancelled before its first step never enters it
-        self._task.add_done_callback(lambda _: self._relayed())
-        return self._task
+    def connect(self, channel: Channel, ended: Callable[[int], None]) -> None:
+        """Take the guest's stream; `ended` is called with the number of bytes at the end of file."""
+        self._channel, self._ended = channel, ended
+        self._begin()
+
+    def open(self) -> None:
+        """Open the client's FIFO, with a writer of our own so that it outlives a client. Raises InvalidRequest."""
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not self._wants_end:
+                self._keepalive = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            self._close_fds()
+            raise InvalidRequest(f"cannot open the input {self._path!r}: {error.strerror}") from error
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._closed:
+            self._close_channel()
+        elif self._channel is not None and self._fd >= 0 and self._task is None:
+            self._task = asyncio.create_task(self._relay(self._channel), name="stdio-input")
+            # not in a `finally` of the task: one that is cancelled before its first step never enters it
+            self._task.add_done_callback(lambda _: self._relayed())
 
     def _relayed(self) -> None:
         self._close_fds()
@@ -180,6 +207,7 @@ class Input:
         """Close our own writer of the FIFO: once the client's is closed too, the process sees end of file.
         Idempotent.
         """
+        self._wants_end = True
         if self._keepalive >= 0:
             os.close(self._keepalive)
             self._keepalive = -1
@@ -198,7 +226,7 @@ class Input:
             os.close(self._fd)
             self._fd = -1
 
-    async def _relay(self, channel: Channel) -> int:
+    async def _relay(self, channel: Channel) -> None:
         total, sink = 0, channel.fileno()
         while True:
             await _ready(self._fd, write=False)
@@ -210,8 +238,10 @@ class Input:
             except ConnectionError:  # the guest took no more: the process is gone
                 moved = 0
             if moved == 0:
-                return total
+                break
             total += moved
+        if self._ended is not None:
+            self._ended(total)
 
 
 async def open_output(path: str, timeout: float) -> Output | None:
@@ -273,18 +303,6 @@ def _open_keepalive(path: str, mode: int, other: int) -> int:
         raise
 
 
-def open_input(path: str) -> Input | None:
-    """Open a stdin FIFO, "" for none. Raises InvalidRequest."""
-    if not path:
-        return None
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        keepalive = _open_keepalive(path, os.O_WRONLY, fd)
-    except OSError as error:
-        raise InvalidRequest(f"cannot open the input {path!r}: {error.strerror}") from error
-    return Input(fd, keepalive)
-
-
 class Stdio:
     """The streams of one process."""
 
@@ -300,7 +318,7 @@ class Stdio:
         """
         stdio = cls(None, None, None)
         try:
-            stdio.stdin = open_input(paths.stdin)
+            stdio.stdin = Input(paths.stdin) if paths.stdin else None
             stdio.stdout = await open_output(paths.stdout, timeout)
             stdio.stderr = await open_output("" if paths.terminal else paths.stderr, timeout)
         except BaseException:

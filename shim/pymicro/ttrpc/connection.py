@@ -93,7 +93,6 @@ class Connection(asyncio.Protocol):
         self._end()
         if self._abort_timer is not None:
             self._abort_timer.cancel()
-        self._writable.set()
         self._lost.set()
 
     # To the peer
@@ -146,6 +145,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         if not self._closing:
             self._closing = True
+            self._writable.set()  # whoever waits there learns of the end
             self.ended()
 
     async def wait_lost(self) -> None:
