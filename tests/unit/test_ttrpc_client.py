@@ -156,6 +156,26 @@ def test_no_waiter_hangs_when_the_client_closes() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("who", ["peer", "client"])
+def test_a_call_that_waits_for_room_is_freed_as_well(who: str) -> None:
+    async def scenario() -> None:
+        async with client_and_peer() as (client, peer):
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # the transport can, its type is too wide
+            calls = [asyncio.create_task(echo(client, "x" * 4_000_000)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            start = asyncio.get_running_loop().time()
+            closing = asyncio.create_task(client.close()) if who == "client" else None
+            if closing is None:
+                peer.writer.transport.abort()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(result) for result in results} == {Disconnected}
+            assert asyncio.get_running_loop().time() - start < 0.5
+            if closing is not None:
+                await closing
+
+    run(scenario())
+
+
 def test_disconnected_is_a_connection_error() -> None:
     assert issubclass(Disconnected, ConnectionError)
 

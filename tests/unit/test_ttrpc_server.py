@@ -427,6 +427,21 @@ def test_calls_and_streams_that_ended_are_forgotten() -> None:
     run(scenario())
 
 
+def test_connections_that_ended_are_forgotten() -> None:
+    async def scenario() -> None:
+        async with serving(Server(services(Probe()))) as address:
+            gc.collect()
+            before = sum(isinstance(found, ServerConnection) for found in gc.get_objects())
+            for _ in range(5):
+                async with await Client.connect(address) as client:
+                    await echo(client, "x")
+            await asyncio.sleep(0.05)
+            gc.collect()
+            assert sum(isinstance(found, ServerConnection) for found in gc.get_objects()) <= before
+
+    run(scenario())
+
+
 def test_a_client_that_does_not_read_cannot_pile_up_answers() -> None:
     size, count = 64 * 1024, 400
 

@@ -194,7 +194,8 @@ def test_a_late_reader_gets_everything_in_order() -> None:
     run(scenario())
 
 
-def test_a_sleeping_handler_stops_the_sender() -> None:
+@pytest.mark.parametrize(("size", "limit"), [(100_000, 63), (500_000, 20)])
+def test_a_sleeping_handler_stops_the_sender(size: int, limit: int) -> None:
     async def scenario() -> None:
         probe = Probe()
         async with connected(probe, stall=None) as client:
@@ -203,10 +204,42 @@ def test_a_sleeping_handler_stops_the_sender() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
                     while True:
-                        await stream.send(StringValue(value="x" * 100_000))
+                        await stream.send(StringValue(value="x" * size))
                         sent += 1
-            assert sent < 2 * INBOX_MESSAGES
+            assert sent < limit
             probe.release.set()
+
+    run(scenario())
+
+
+def test_a_reader_that_catches_up_in_time_keeps_its_stream() -> None:
+    async def scenario() -> None:
+        async with connected(stall=0.2) as client, await client.stream(SERVICE, "Repeat", StringValue) as stream:
+            for _ in range(INBOX_MESSAGES):
+                await stream.send(StringValue(value="x"))
+            await until(lambda: len(stream.inbox._items) == INBOX_MESSAGES)
+            for _ in range(INBOX_MESSAGES):
+                await stream.receive()
+            await asyncio.sleep(0.3)
+            await stream.send(StringValue(value="still there"))
+            assert await stream.receive() == StringValue(value="still there")
+
+    run(scenario())
+
+
+def test_a_handler_that_returns_without_reading_blocks_nobody() -> None:
+    async def one(stream: Strings) -> None:
+        await stream.receive()
+        await asyncio.sleep(0.1)
+
+    async def scenario() -> None:
+        server = Server({SERVICE: {**services(Probe())[SERVICE], "One": StreamMethod(one, StringValue)}}, stall=None)
+        async with serving(server) as address, await Client.connect(address) as client:
+            stream = await client.stream(SERVICE, "One", StringValue)
+            for _ in range(FLOOD):
+                await stream.send(StringValue(value="x"))
+            assert await echo(client, "through") == "through"
+            assert await stream.receive() is None
 
     run(scenario())
 
