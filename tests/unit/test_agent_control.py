@@ -1,0 +1,149 @@
+"""Requests in, replies and events out: kinds of errors, order, the end of the connection."""
+
+import _socket
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pymicro.agent import handlers
+from pymicro.agent.control import Control
+from pymicro.agent.errors import NotFound
+from pymicro.agent.handlers import Agent
+from pymicro.agent.reaper import Reaper
+from pymicro.wire import frames, messages
+
+Message = dict[str, Any]
+
+
+class Host:
+    """The other end of a control connection that an agent serves in a thread."""
+
+    def __init__(self) -> None:
+        self.socket, guest = socket.socketpair()
+        self.socket.settimeout(10)
+        self._guest = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, guest.detach())
+        self.control = Control(self._guest)
+        self.agent = Agent(self.control, Reaper(), None)  # type: ignore[arg-type]  # no uevents here
+        self.thread = threading.Thread(target=self.control.serve, args=(self.agent,), daemon=True)
+        self.thread.start()
+
+    def send(self, message: Message) -> None:
+        self.socket.sendall(frames.encode(message))
+
+    def receive(self) -> Message:
+        return frames.decode(self._exactly(frames.payload_size(self._exactly(frames.PREFIX_SIZE))))
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            assert part, "the agent hung up"
+            data += part
+        return data
+
+    def ask(self, method: str, params: Message) -> Message:
+        self.send({"id": 1, "method": method, "params": params})
+        return self.receive()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.thread.join(10)
+        self._guest.close()
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.close()
+
+
+def test_hello(host: Host) -> None:
+    host.control.say_hello(12)
+    hello = host.receive()
+    assert hello["hello"] == "control"
+    assert hello["version"] == messages.PROTOCOL_VERSION
+    assert hello["kernel"] == os.uname().release
+    assert hello["boot_ms"] == 12
+
+
+def test_every_method_of_the_protocol_is_there() -> None:
+    names = {"setup", "create", "start", "exec", "signal", "close_stdin", "resize", "pause", "resume", "update"}
+    assert set(handlers.METHODS) == names | {"pids", "stats", "delete"}
+    assert set(handlers.METHODS) > handlers.INLINE
+
+
+def test_unknown_container_is_not_found(host: Host) -> None:
+    for method in ("start", "signal", "resize", "delete"):
+        reply = host.ask(method, {"container": "c"})
+        assert reply == {"id": 1, "error": {"kind": messages.NOT_FOUND, "message": "no container c"}}
+
+
+def test_unknown_method_is_invalid(host: Host) -> None:
+    assert host.ask("fly", {})["error"] == {"kind": messages.INVALID, "message": "no method 'fly'"}
+
+
+def test_defect_is_internal_and_told_in_one_line(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(agent: Agent, params: Message) -> Message:
+        return {"x": params["missing"]}
+
+    monkeypatch.setitem(handlers.METHODS, "pids", broken)
+    error = host.ask("pids", {"container": "c"})["error"]
+    assert error["kind"] == messages.INTERNAL
+    assert error["message"].startswith("pids: KeyError: 'missing' (")
+    assert "test_agent_control.py" in error["message"]
+    assert "\n" not in error["message"]
+    assert host.ask("start", {"container": "c"})["error"]["kind"] == messages.NOT_FOUND, "it goes on"
+
+
+def test_slow_request_does_not_hold_up_others(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def slow(agent: Agent, params: Message) -> Message:
+        release.wait(10)
+        return {}
+
+    monkeypatch.setitem(handlers.METHODS, "pause", slow)
+    host.send({"id": 1, "method": "pause", "params": {}})
+    host.send({"id": 2, "method": "start", "params": {"container": "c"}})
+    assert host.receive()["id"] == 2
+    release.set()
+    assert host.receive() == {"id": 1, "result": {}}
+
+
+def test_what_follows_a_reply_comes_after_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(agent: Agent, params: Message) -> Any:
+        return {"pid": 5}, lambda: agent.control.send({"event": "exit"})
+
+    monkeypatch.setitem(handlers.METHODS, "create", create)
+    assert host.ask("create", {}) == {"id": 1, "result": {"pid": 5}}
+    assert host.receive() == {"event": "exit"}
+
+
+def test_large_messages_from_many_threads_stay_whole(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stats(agent: Agent, params: Message) -> Message:
+        return {"files": {"x": params["container"] * 100_000}}
+
+    monkeypatch.setitem(handlers.METHODS, "stats", stats)
+    for number in range(10):
+        host.send({"id": number, "method": "stats", "params": {"container": str(number)}})
+    replies = {reply["id"]: reply for reply in (host.receive() for _ in range(10))}
+    assert all(replies[n]["result"]["files"]["x"] == str(n) * 100_000 for n in range(10))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
+def test_ids_that_are_no_file_names(host: Host, name: str) -> None:
+    params = {"container": name, "spec": {}, "terminal": False, "streams": {}}
+    assert host.ask("create", params)["error"]["kind"] == messages.INVALID
+
+
+def test_serve_returns_when_the_host_hangs_up() -> None:
+    Host().close()
+
+
+def test_not_found_is_an_error_of_its_kind() -> None:
+    assert NotFound("x").kind == messages.NOT_FOUND
