@@ -101,6 +101,7 @@ def test_a_timeout_is_a_status_and_the_late_answer_is_dropped() -> None:
             call = asyncio.create_task(echo(client, "next"))
             peer.respond((await requests(peer, 1))["next"], "in time")
             assert await call == "in time"
+            assert not client._connection._calls
 
     run(scenario())
 
