@@ -11,9 +11,10 @@ from pymicro.wire import frames
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
 )
-MESSAGES = st.dictionaries(st.text(), VALUES)
+MESSAGES = st.dictionaries(st.text(), VALUES, max_size=5)
 BAD = (
     b"",
     b" ",

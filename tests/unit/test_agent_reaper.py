@@ -42,8 +42,8 @@ def test_run_returns_the_status() -> None:
 def test_many_at_once() -> None:
     run("""
         got = {}
-        for number in range(50):
-            reaper.spawn(["/bin/sh", "-c", f"exit {number}"], stdio, lambda status, number=number: got.update({number: status}))
+        for n in range(50):
+            reaper.spawn(["/bin/sh", "-c", f"exit {n}"], stdio, lambda status, n=n: got.update({n: status}))
         wait_for(lambda: len(got) == 50)
         assert got == {number: number for number in range(50)}
     """)
