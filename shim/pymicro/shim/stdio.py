@@ -172,6 +172,8 @@ class Input:
 
     def open(self) -> None:
         """Open the client's FIFO, with a writer of our own so that it outlives a client. Raises InvalidRequest."""
+        if self._fd >= 0 or self._task is not None:
+            return  # a second attempt to start the process
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             if not self._wants_end:
