@@ -10,7 +10,7 @@ import pytest
 from pymicro.shim.channel import memory
 from pymicro.shim.errors import InvalidRequest, StepTimeout, Unsupported
 from pymicro.shim.requests import StdioPaths
-from pymicro.shim.stdio import Stdio, open_input, open_output
+from pymicro.shim.stdio import Input, Stdio, open_output
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
 
@@ -194,9 +194,9 @@ async def test_fifo_that_vanishes_between_the_two_opens(fifo: Fifo, monkeypatch:
 
 def test_stdin_that_is_no_fifo(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot open the input"):
-        open_input(str(tmp_path))
-    with pytest.raises(InvalidRequest, match="No such file"):
-        open_input(str(tmp_path / "missing"))
+        Input(str(tmp_path)).open()
+    with pytest.raises(InvalidRequest, match="there is no FIFO"):
+        Input(str(tmp_path / "missing"))
 
 
 @asynchronous
@@ -320,42 +320,103 @@ async def test_output_closed_at_any_time(fifo: Fifo, moment: str) -> None:
     guest.close()
 
 
+class Ended:
+    """What Input calls at the end of file."""
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+
+    def __call__(self, count: int) -> None:
+        self.count = count
+
+
 @asynchronous
 async def test_stdin_arrives_and_ends_with_the_client(fifo: Fifo) -> None:
     data = os.urandom(3 << 20)
-    stdin = open_input(fifo.path)
-    assert stdin
-    fifo.open_writer()
+    stdin, ended = Input(fifo.path), Ended()
     guest, host = memory.pair()
-    relaying = stdin.start(host)
+    stdin.connect(host, ended)
+    stdin.open()
+    fifo.open_writer()
     stdin.close_writer()
     reading = asyncio.create_task(guest.read_exactly(len(data)))
     await fifo.write(data)
     fifo.close()
     assert await reading == data
-    assert await relaying == len(data)
-    await turns()
+    await until(lambda: ended.count is not None)
+    assert ended.count == len(data)
     assert host.fileno() >= 0, "our side must stay open until the guest has closed its own"
     guest.close()
     await until(lambda: host.fileno() < 0)
 
 
+@pytest.mark.parametrize("first", ["the guest's stream", "the client's FIFO"])
+@asynchronous
+async def test_stdin_needs_both_ends_in_any_order(fifo: Fifo, first: str) -> None:
+    stdin, ended = Input(fifo.path), Ended()
+    guest, host = memory.pair()
+    if first == "the guest's stream":
+        stdin.connect(host, ended)
+        stdin.open()
+    else:
+        stdin.open()
+        await turns()
+        stdin.connect(host, ended)
+    fifo.open_writer()
+    await fifo.write(b"hello")
+    assert await guest.read_exactly(5) == b"hello"
+    stdin.close()
+    guest.close()
+    await until(lambda: host.fileno() < 0)
+
+
+def test_stdin_is_not_read_before_the_process_starts(fifo: Fifo) -> None:
+    """`ctr` drops an end of file that it reads before its task exists; while nobody reads the FIFO it cannot."""
+    stdin = Input(fifo.path)
+    with pytest.raises(OSError, match="No such device or address"):
+        fifo.open_writer()
+    stdin.close()
+
+
+@asynchronous
+async def test_stdin_closed_by_the_client_before_the_start(fifo: Fifo) -> None:
+    stdin, ended = Input(fifo.path), Ended()
+    guest, host = memory.pair()
+    stdin.connect(host, ended)
+    stdin.close_writer()
+    stdin.open()
+    fifo.open_writer()
+    await fifo.write(b"hi")
+    fifo.close()
+    await until(lambda: ended.count == 2)
+    guest.close()
+    await until(lambda: host.fileno() < 0)
+
+
+@asynchronous
+async def test_stdin_opened_again_for_a_second_start(fifo: Fifo) -> None:
+    stdin = Input(fifo.path)
+    stdin.open()
+    stdin.open()
+    stdin.close()
+
+
 @asynchronous
 async def test_stdin_outlives_a_client_that_has_not_said_close_io(fifo: Fifo) -> None:
-    stdin = open_input(fifo.path)
-    assert stdin
+    stdin, ended = Input(fifo.path), Ended()
     guest, host = memory.pair()
-    relaying = stdin.start(host)
+    stdin.connect(host, ended)
+    stdin.open()
     for word in (b"one", b"two"):
         fifo.open_writer()
         await fifo.write(word)
         fifo.close()
         assert await guest.read_exactly(3) == word
     await asyncio.sleep(SOON)
-    assert not relaying.done()
+    assert ended.count is None
     stdin.close_writer()
     stdin.close_writer()
-    assert await relaying == 6
+    await until(lambda: ended.count == 6)
     guest.close()
     await until(lambda: host.fileno() < 0)
 
@@ -363,36 +424,48 @@ async def test_stdin_outlives_a_client_that_has_not_said_close_io(fifo: Fifo) ->
 @asynchronous
 async def test_stdin_of_a_process_that_reads_nothing(fifo: Fifo) -> None:
     """Back-pressure: the client is held back; and the process's end frees everything."""
-    stdin = open_input(fifo.path)
-    assert stdin
-    fifo.open_writer()
+    stdin, ended = Input(fifo.path), Ended()
     guest, host = memory.pair()
-    relaying = stdin.start(host)
+    stdin.connect(host, ended)
+    stdin.open()
+    fifo.open_writer()
     writing = asyncio.create_task(fifo.write(bytes(8 << 20)))
     await asyncio.sleep(SOON)
     assert not writing.done()
     writing.cancel()
     guest.close()
-    await asyncio.wait([relaying], timeout=1)
-    assert relaying.done()
     await until(lambda: host.fileno() < 0)
+    assert ended.count is not None
 
 
-@pytest.mark.parametrize("moment", ["before", "at once", "waiting", "after its end"])
+@pytest.mark.parametrize("moment", ["before", "connected", "opened", "at once", "waiting", "after its end"])
 @asynchronous
 async def test_stdin_closed_at_any_time(fifo: Fifo, moment: str) -> None:
-    stdin = open_input(fifo.path)
-    assert stdin
+    stdin = Input(fifo.path)
     guest, host = memory.pair()
-    if moment == "before":
+    if moment in {"before", "opened"}:
         host.close()
     else:
-        stdin.start(host)
+        stdin.connect(host, Ended())
+    if moment not in {"before", "connected"}:
+        stdin.open()
     if moment == "after its end":
+        fifo.open_writer()
+        fifo.close()
         stdin.close_writer()
     if moment in {"waiting", "after its end"}:
         await asyncio.sleep(SOON)
     stdin.close()
     stdin.close()
+    await until(lambda: host.fileno() < 0)
+    guest.close()
+
+
+@asynchronous
+async def test_stream_that_comes_after_stdin_was_closed(fifo: Fifo) -> None:
+    stdin = Input(fifo.path)
+    stdin.close()
+    guest, host = memory.pair()
+    stdin.connect(host, Ended())
     await until(lambda: host.fileno() < 0)
     guest.close()

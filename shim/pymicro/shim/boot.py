@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,8 +157,9 @@ class Greeter:
         for task in (self._accepting, *self._greetings):
             task.cancel()
         await asyncio.wait([self._accepting])
-        if not self._control.done():
-            self._control.cancel()
+        self._control.cancel()
+        if not self._control.cancelled() and self._control.exception() is None:
+            self._control.result()[0].close()  # nobody may have taken it
 
     async def _accept(self) -> None:
         try:
@@ -165,10 +167,15 @@ class Greeter:
                 channel = await self._vm.accept()
                 greeting = asyncio.create_task(self._greet(channel))
                 self._greetings.add(greeting)
-                greeting.add_done_callback(self._greetings.discard)
+                greeting.add_done_callback(partial(self._greeted, channel))
         except SandboxDied as error:
             if not self._control.done():
                 self._control.set_exception(SandboxDied(f"{error}; {_console(self._vm.console())}"))
+
+    def _greeted(self, channel: Channel, greeting: asyncio.Task[None]) -> None:
+        self._greetings.discard(greeting)
+        if greeting.cancelled():
+            channel.close()
 
     async def _greet(self, channel: Channel) -> None:
         try:

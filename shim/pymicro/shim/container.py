@@ -1,5 +1,6 @@
 """A container: its init process, its execs, and what the host holds for it (mounts, cgroup, anchor, stdio)."""
 
+import asyncio
 import logging
 import signal
 from collections.abc import Coroutine, Sequence
@@ -49,6 +50,7 @@ class Container:
     guest_pid: int = 0
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _deletion: asyncio.Task[Deleted] | None = None
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -227,9 +229,14 @@ class Container:
         return Deleted(process.pid, process.exit if started else None)
 
     async def delete(self) -> Deleted:
-        """Free everything the container has. Raises WrongState while it runs."""
-        self.init.require(Status.STOPPED, Status.CREATED)
-        self._refuse_starting(self.init)
+        """Free everything the container has, once: a second call answers the same. Raises WrongState while it runs."""
+        if self._deletion is None:
+            self.init.require(Status.STOPPED, Status.CREATED)
+            self._refuse_starting(self.init)
+            self._deletion = asyncio.create_task(self._delete(), name=f"delete {self.id}")
+        return await asyncio.shield(self._deletion)
+
+    async def _delete(self) -> Deleted:
         created = self.init.status is Status.CREATED
         for exec_id in list(self.execs):
             with suppress(NotFound, WrongState):

@@ -246,6 +246,10 @@ class FakeVm:
             if taking.done():
                 return taking.result()
             raise SandboxDied(str(self._exit.result()))
+        except asyncio.CancelledError:
+            if taking.done():
+                taking.result().close()
+            raise
         finally:
             taking.cancel()
 
