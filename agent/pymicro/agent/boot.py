@@ -7,14 +7,13 @@ import posix
 
 from pymicro.agent import cgroups, crun, files, mounts, network, syscalls
 from pymicro.agent.concurrency import log
+from pymicro.wire.messages import READY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pymicro.agent.reaper import Reaper
 
 OPEN_FILES = 1048576
-READY = "ready, waiting for a vsock device"
-"""The console's line that says that nothing more happens until the host attaches the pod's devices."""
 SYSCTLS = (
     ("/proc/sys/kernel/pid_max", "4194304"),
     ("/proc/sys/vm/max_map_count", "1048576"),

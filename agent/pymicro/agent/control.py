@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from pymicro.agent.handlers import Agent
 
 
+DIAL_ATTEMPTS = 20
+DIAL_PAUSE = 0.05
+"""Seconds between two attempts: the host refuses for a moment when many streams are dialled at once."""
+
+
 def uptime_ms() -> int:
     """Return the milliseconds since the guest's kernel started."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
@@ -48,11 +53,13 @@ class Control:
 
     def dial_stream(self, token: str) -> _socket.socket:
         """Return a stream connection that has said its token. Raises OSError."""
-        connection = vsock.dial()
-        if connection is None:
-            raise ConnectionRefusedError("the host does not take the stream's connection")
-        connection.sendall(frames.encode({"hello": "stream", "token": token}))
-        return connection
+        for _ in range(DIAL_ATTEMPTS):
+            connection = vsock.dial()
+            if connection:
+                connection.sendall(frames.encode({"hello": "stream", "token": token}))
+                return connection
+            time.sleep(DIAL_PAUSE)
+        raise ConnectionRefusedError("the host does not take the stream's connection")
 
     def serve(self, agent: "Agent") -> None:
         """Answer requests until the host closes the connection. Raises OSError, FrameError."""

@@ -8,7 +8,7 @@ from fcntl import ioctl
 
 from pymicro.agent import console
 from pymicro.agent.concurrency import Event, start_thread
-from pymicro.agent.errors import NotFound
+from pymicro.agent.errors import Invalid, NotFound
 from pymicro.agent.streams import InputPump, OutputPump, Pump
 
 TYPE_CHECKING = False
@@ -150,8 +150,12 @@ class Process:
         self._control.send({"event": event, "container": self.container, "exec": self.exec_id, **fields})
 
     def send_signal(self, number: int) -> None:
-        """Raises NotFound if the process has exited, OSError if the number is no signal's."""
-        if not self._reaper.send_signal(self.pid, number):
+        """Raises NotFound if the process has exited, Invalid if the number is no signal's."""
+        try:
+            alive = self._reaper.send_signal(self.pid, number)
+        except OSError as error:
+            raise Invalid(f"signal {number} cannot be sent: {error}") from error
+        if not alive:
             raise NotFound("process already finished")
 
     def finish_stdin(self, count: int) -> None:

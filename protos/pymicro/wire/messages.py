@@ -155,9 +155,11 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 HOST_CID = 2
+READY = "ready, waiting for a vsock device"
+"""The console's line that says that nothing more happens in the guest until the host attaches the pod's devices."""
 SHARE_TAG = "share"
 GUEST_SHARE = "/run/pymicro/share"
-"""Where the guest mounts the virtio-fs share; container C's root filesystem is GUEST_SHARE/C/rootfs."""
+"""Where the guest mounts the virtio-fs share; a container's root filesystem is a directory below, as its spec says."""
 
 NOT_FOUND = "not_found"  # no such container or exec
 ALREADY_EXISTS = "already_exists"

@@ -17,9 +17,10 @@ from pymicro.shim.channel.base import Channel
 from pymicro.shim.config import Settings, vm_size
 from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
 from pymicro.shim.hypervisor import registry, virtiofsd
-from pymicro.shim.hypervisor.base import Boot, Share, Vm, VmExit, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Vm, VmExit, VmSpec, Vsock
 from pymicro.shim.netns import pod_netns
 from pymicro.shim.spawn import Place, Process
+from pymicro.shim.templates import Store
 from pymicro.shim.timeline import Timeline
 from pymicro.wire import frames, messages
 
@@ -42,6 +43,8 @@ class Booted:
     vm: Vm
     share: Process
     control: Channel
+    origin: Origin
+    resumed_ns: int
 
     async def gone(self) -> VmExit:
         """Return when the VMM or a helper has ended: which and how."""
@@ -92,30 +95,59 @@ async def boot(
     begun = time.monotonic_ns()
     spec = vm_spec(bundle, settings)
     note(vcpus=spec.vcpus, memory_mib=spec.memory_mib, accel=spec.accel)
-    share_directory = place.directory / "share"
-    share_directory.mkdir(exist_ok=True)
-    view = place.directory / "view"
-    view.mkdir(exist_ok=True)
-    rootfs.make_share(str(share_directory), str(view))
+    share, view = place.directory / "share", place.directory / "view"
+    for directory in (share, view):
+        directory.mkdir(exist_ok=True)
+    rootfs.make_share(str(share), str(view))
+    hypervisor = registry.hypervisor(settings)
+    store = Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
+    origin = await store.origin(spec, hypervisor, place) if settings.vm.start == "snapshot" else Boot()
+    begun = timeline.span("template", begun)
+    ascent = Ascent(spec, hypervisor, host.find_virtiofsd(settings), view, place, take_stream, settings.timeouts.hello)
     async with AsyncExitStack() as stack:
-        fs_socket = place.directory / "fs.sock"
-        program = host.find_virtiofsd(settings)
-        share = await stack.enter_async_context(virtiofsd.serve(program, view, fs_socket, place))
         try:
-            vm = await stack.enter_async_context(registry.hypervisor(settings).launch(spec, Boot(), place))
+            booted, hello = await ascent.attempt(stack, origin, note)
+        except (SandboxDied, StepTimeout) as error:
+            if isinstance(origin, Boot):
+                raise _diagnosed(error, spec) from error
+            store.discard(origin.memory.parent.name, f"a VM restored from it failed: {error}")
+            try:
+                booted, hello = await ascent.attempt(stack, Boot(), note)
+            except (SandboxDied, StepTimeout) as second:
+                raise _diagnosed(second, spec) from second
+        _record_guest(timeline, booted, begun, hello)
+        yield booted
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent:
+    """All that is needed to bring one pod's VM up, from whatever origin."""
+
+    spec: VmSpec
+    hypervisor: Hypervisor
+    virtiofsd: host.Virtiofsd
+    view: Path
+    place: Place
+    take_stream: Callable[[object, Channel], None]
+    hello_limit: float
+
+    async def attempt(self, outer: AsyncExitStack, origin: Origin, note: Note) -> tuple[Booted, dict[str, Any]]:
+        """Launch, attach, resume, hear the hello. What that took is freed by `outer`, or at once if it fails."""
+        async with AsyncExitStack() as stack:
+            fs_socket = self.place.directory / "fs.sock"
+            share = await stack.enter_async_context(virtiofsd.serve(self.virtiofsd, self.view, fs_socket, self.place))
+            vm = await stack.enter_async_context(self.hypervisor.launch(self.spec, origin, self.place))
             note(vmm_pid=vm.pid)
             await vm.attach(Vsock())
             await vm.attach(Share(messages.SHARE_TAG, fs_socket))
             await vm.resume()
-            running = timeline.span("vmm", begun)
-            greeter = Greeter(vm, take_stream)
+            resumed = time.monotonic_ns()
+            greeter = Greeter(vm, self.take_stream)
             stack.push_async_callback(greeter.close)
-            control, hello = await greeter.control(settings.timeouts.hello)
-        except (SandboxDied, StepTimeout) as error:
-            raise _diagnosed(error, spec) from error
-        said = time.monotonic_ns()
-        _record_guest(timeline, running, said, hello)
-        yield Booted(vm, share, control)
+            control, hello = await greeter.control(self.hello_limit)
+            booted = Booted(vm, share, control, origin, resumed)
+            outer.push_async_exit(stack.pop_all())
+            return booted, hello
 
 
 def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
@@ -214,11 +246,15 @@ def setup_message(hostname: str) -> dict[str, Any]:
     }
 
 
-def _record_guest(timeline: Timeline, running: int, said: int, hello: dict[str, Any]) -> None:
-    """Split the time from resume to hello into the kernel's and the agent's, as the guest measured them."""
-    timeline.span("guest", running, said)
+def _record_guest(timeline: Timeline, booted: Booted, launched: int, hello: dict[str, Any]) -> None:
+    """Record the VMM's time until the guest ran, and the guest's until its hello.
+
+    A cold boot's is split into the kernel's and the agent's, as the guest measured them.
+    """
+    timeline.span("vmm", launched, booted.resumed_ns)
+    timeline.span("guest", booted.resumed_ns)
     boot_ms, agent_ms = hello.get("boot_ms"), hello.get("agent_ms")
-    if isinstance(boot_ms, int) and isinstance(agent_ms, int):
+    if isinstance(booted.origin, Boot) and isinstance(boot_ms, int) and isinstance(agent_ms, int):
         timeline.record("guest_kernel", boot_ms)
         timeline.record("guest_agent", agent_ms - boot_ms)
 

@@ -34,6 +34,7 @@ OptionalPath = Annotated[str, Meta(pattern="^(/.*)?$", description='an absolute 
 Program = Annotated[str, Meta(min_length=1, description="an absolute path, or a name to look up on PATH")]
 HypervisorName = Annotated[Literal["qemu"], Meta(description='"qemu"')]
 Accel = Annotated[Literal["auto", "kvm", "tcg"], Meta(description='"auto", "kvm" or "tcg"')]
+StartMode = Annotated[Literal["snapshot", "boot"], Meta(description='"snapshot" or "boot"')]
 Level = Annotated[
     Literal["debug", "info", "warning", "error"], Meta(description='"debug", "info", "warning" or "error"')
 ]
@@ -48,6 +49,7 @@ class Vm(Struct, frozen=True):
     vcpus: Count = 1
     memory_mib: Memory = 256
     max_vcpus: CountOrZero = 0
+    start: StartMode = "snapshot"
 
 
 class Paths(Struct, frozen=True):
@@ -69,10 +71,17 @@ class Timeouts(Struct, frozen=True):
     drain: Seconds = 2.0
 
 
+class Templates(Struct, frozen=True):
+    """`[templates]`: where saved VMs are kept, on tmpfs, and how many of them."""
+
+    directory: AbsolutePath = "/dev/shm/pymicro-templates"  # noqa: S108  # created for root alone
+    most: Count = 8
+
+
 class Annotations(Struct, frozen=True):
     """`[annotations]`: which `io.pymicro.*` annotations a pod may use."""
 
-    allow: Names = ("io.pymicro.vcpus", "io.pymicro.memory_mib")
+    allow: Names = ("io.pymicro.vcpus", "io.pymicro.memory_mib", "io.pymicro.start")
 
 
 class Log(Struct, frozen=True):
@@ -87,6 +96,7 @@ class Settings(Struct, frozen=True):
     vm: Vm = Vm()
     paths: Paths = Paths()
     timeouts: Timeouts = Timeouts()
+    templates: Templates = Templates()
     annotations: Annotations = Annotations()
     log: Log = Log()
 
@@ -101,6 +111,7 @@ class VmSize(Struct, frozen=True):
 ANNOTATIONS = {
     "io.pymicro.accel": "accel",
     "io.pymicro.memory_mib": "memory_mib",
+    "io.pymicro.start": "start",
     "io.pymicro.vcpus": "vcpus",
 }
 """Every annotation that we know, and the key of `[vm]` that it overrides."""

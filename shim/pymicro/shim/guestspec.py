@@ -94,9 +94,16 @@ class GuestPlan:
     dropped: tuple[str, ...]
 
 
-def build(spec: Mapping[str, Any], container_id: str, guest_pids: Mapping[int, int] | None = None) -> GuestPlan:
+def build(
+    spec: Mapping[str, Any],
+    container_id: str,
+    guest_pids: Mapping[int, int] | None = None,
+    *,
+    folder: str | None = None,
+) -> GuestPlan:
     """Return the plan for `container_id` with the OCI runtime spec `spec`, which stays as it is.
 
+    `folder` is the container's directory in the share, named after its id unless the caller knows better.
     `guest_pids` maps the task pids (on the host) of this pod's containers to the pids of their init processes in the
     guest, AGENT_PID for the sandbox: `/proc/<pid>/ns/...` of these can be joined. Raises InvalidRequest where the
     spec makes no sense, Unsupported where it asks for what a VM cannot give.
@@ -108,7 +115,7 @@ def build(spec: Mapping[str, Any], container_id: str, guest_pids: Mapping[int, i
     process = _object(spec, "process", required=True)
     if not process.get("args"):
         raise InvalidRequest("the spec has no process.args: the image has no command and none was given")
-    share = f"{GUEST_SHARE}/{container_id}"
+    share = f"{GUEST_SHARE}/{folder or container_id}"
     mounts, binds = _mounts(_objects(spec, "mounts"), share)
     linux, dropped = _linux(_object(spec, "linux"), container_id, guest_pids or {})
     host_hooks, guest_hooks = _hooks(_object(spec, "hooks"))

@@ -1,6 +1,7 @@
 """A sandbox: one VM with its helpers, and the containers in it."""
 
 import asyncio
+import itertools
 import logging
 import os
 import time
@@ -50,6 +51,7 @@ class Sandbox:
         self.drain_limit = settings.timeouts.drain
         self.containers: dict[str, Container] = {}
         self._creating: set[str] = set()
+        self._folders = itertools.count(1)
         self._timeline = timeline
         self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
         self._death: SandboxDied | None = None
@@ -201,7 +203,9 @@ class Sandbox:
             self._creating.discard(request.id)
 
     async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
-        plan = guestspec.build(bundle.spec, request.id, self._guest_pids())
+        # never used twice: for a second the guest remembers what an earlier container of this id had there
+        folder = f"{next(self._folders)}-{request.id}"
+        plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder)
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
         place = await asyncio.shield(self._place)
@@ -211,7 +215,7 @@ class Sandbox:
         streams = await self.open_stdio(process)
         stack.push_async_callback(process.close, self.streams, 0)
         groups = self._make_cgroup(request.id, bundle, stack)
-        root = self._mount(request, plan, stack)
+        root = self._mount(request, plan, os.path.join(self.identity.directory, "share", folder), stack)
         mounted = self._timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, cgroups=groups)
@@ -245,9 +249,8 @@ class Sandbox:
         cgroup.write_limits(groups, bundle.resources)
         return groups
 
-    def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, stack: AsyncExitStack) -> str:
-        """Mount the container's root and binds into the share; return where the root is."""
-        own = os.path.join(self.identity.directory, "share", request.id)
+    def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
+        """Mount the container's root and binds into `own`, its part of the share; return where the root is."""
         root = os.path.join(own, "rootfs")
         stack.callback(rootfs.remove_tree, own)
         if request.rootfs:

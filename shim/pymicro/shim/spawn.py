@@ -45,6 +45,7 @@ class LogTail:
         self._fd = fd
         self._partial = b""
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._news = asyncio.Event()
         os.set_blocking(fd, False)
         asyncio.get_running_loop().add_reader(fd, self._read)
 
@@ -71,7 +72,17 @@ class LogTail:
         for line in whole:
             if text := _readable(line):
                 self._lines.append(text)
+                self._news.set()
                 logger.debug("%s: %s", self.name, text)
+
+    async def says(self, text: str) -> bool:
+        """Wait until a line has `text` in it; False when the output ends without."""
+        while not any(text in line for line in self._lines):
+            if self._fd < 0:
+                return False
+            self._news.clear()
+            await self._news.wait()
+        return True
 
     def close(self) -> None:
         """Read what is still buffered and let the pipe go. Idempotent."""
@@ -83,6 +94,7 @@ class LogTail:
             while data := os.read(fd, _READ_SIZE):
                 self._take(data)
         os.close(fd)
+        self._news.set()
 
 
 def _readable(line: bytes) -> str:

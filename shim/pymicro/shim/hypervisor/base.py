@@ -30,7 +30,20 @@ class VmSpec:
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """Origin of a VM that starts its kernel."""
+    """Origin of a VM that starts its kernel. A VM that is to be saved keeps its RAM in the file `memory`."""
+
+    memory: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Origin of a VM that goes on where another one was saved: its RAM and the state of its devices."""
+
+    memory: Path
+    state: Path
+
+
+Origin = Boot | Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,15 @@ class Vm(Protocol):
     async def accept(self) -> Channel:
         """Wait for the next connection that the guest opens to its host port. Raises SandboxDied."""
 
+    async def console_says(self, text: str) -> None:
+        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
+
+    async def save(self, state: Path) -> None:
+        """Stop the VM, launched with Boot(memory), and write its state; the two files then make a Template.
+
+        Raises SandboxDied, StepTimeout.
+        """
+
     async def wait(self) -> VmExit:
         """Wait until the VMM or one of its helpers is gone."""
 
@@ -87,7 +109,10 @@ class Vm(Protocol):
 class Hypervisor(Protocol):
     """A VMM backend."""
 
-    def launch(self, spec: VmSpec, origin: Boot, place: Place) -> AbstractAsyncContextManager[Vm]:
+    def identity(self, spec: VmSpec) -> str:
+        """Return what a template for `spec` depends on beside the kernel and image: the VMM and its arguments."""
+
+    def launch(self, spec: VmSpec, origin: Origin, place: Place) -> AbstractAsyncContextManager[Vm]:
         """Start a VMM with `spec`, paused. Leaving the context ends it and frees what it took.
 
         Raises HostMissing, SandboxDied, StepTimeout.

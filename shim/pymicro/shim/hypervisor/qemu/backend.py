@@ -2,23 +2,28 @@
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymicro.shim.channel.base import Channel, Listener
 from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
-from pymicro.shim.hypervisor.base import Boot, Device, Share, VmExit, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Device, Origin, Share, Template, VmExit, VmSpec, Vsock
 from pymicro.shim.hypervisor.qemu import cmdline
+from pymicro.shim.hypervisor.qemu.memory import copy_populated
 from pymicro.shim.hypervisor.qemu.vsock import vsock_backend
 from pymicro.shim.spawn import Place, Process, spawn
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
 logger = logging.getLogger(__name__)
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, with our context
+
+
+_POLL = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +36,38 @@ class Qemu:
     tsc_khz: int
     timeout: float
 
+    def identity(self, spec: VmSpec) -> str:
+        """Return QEMU's command line, without what differs from start to start, and which QEMU it is."""
+        binary = os.stat(spec.binary)
+        words = cmdline.command(spec, monitor_fd=0, tsc_khz=0, incoming=True)
+        return "\0".join([*words, str(binary.st_size), str(binary.st_mtime_ns)])
+
     @asynccontextmanager
-    async def launch(self, spec: VmSpec, origin: Boot, place: Place) -> AsyncIterator["QemuVm"]:
+    async def launch(self, spec: VmSpec, origin: Origin, place: Place) -> AsyncIterator["QemuVm"]:
         """Start QEMU with `spec`, paused. Raises HostMissing, SandboxDied, StepTimeout."""
-        del origin  # there is one so far
-        ours, theirs = socket.socketpair()
-        with theirs:
-            argv = cmdline.command(spec, monitor_fd=theirs.fileno(), tsc_khz=self.tsc_khz)
-            process = spawn("qemu", argv, place, (theirs.fileno(),))
+        template = origin if isinstance(origin, Template) else None
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(process.kill)
+            ours, theirs = socket.socketpair()
+            with theirs, ExitStack() as inherited:
+                fds = [theirs.fileno()]
+                memory = str(origin.memory) if isinstance(origin, Boot) and origin.memory else None
+                if template:
+                    ram = inherited.enter_context(open(os.memfd_create("pymicro-ram"), "r+b", buffering=0))
+                    fds.append(ram.fileno())
+                    memory = f"/proc/self/fd/{ram.fileno()}"
+                    os.truncate(ram.fileno(), spec.memory_mib << 20)
+                argv = cmdline.command(
+                    spec, monitor_fd=fds[0], tsc_khz=self.tsc_khz, memory=memory, incoming=template is not None
+                )
+                process = spawn("qemu", argv, place, fds)
+                stack.push_async_callback(process.kill)
+                if template:  # while QEMU starts
+                    copy_populated(template.memory, ram.fileno())
             vm = QemuVm(process, place, self, stack)
             stack.push_async_callback(vm.disconnect)
             await vm.connect(ours)
+            if template:
+                await vm.load(template.state)
             yield vm
 
 
@@ -124,6 +148,47 @@ class QemuVm:
         finally:
             accepting.cancel()
             dying.cancel()
+
+    async def console_says(self, text: str) -> None:
+        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
+        if not await self._process.logs[0].says(text):
+            raise SandboxDied(str(await self.wait()))
+
+    async def save(self, state: Path) -> None:
+        """Stop the VM and write the state of its devices; its RAM stays in its file. Raises SandboxDied,
+        StepTimeout.
+        """
+        await self._execute("stop")
+        await self._migrate_devices_alone()
+        with open(state, "xb") as file:
+            self._qmp.send_fd_scm(file.fileno())
+            await self._execute("getfd", {"fdname": "state"})
+            await self._execute("migrate", {"uri": "fd:state"})
+            await self._step("migrate", self._migrated())
+
+    async def load(self, state: Path) -> None:
+        """Take on the state that save() wrote. Raises SandboxDied, StepTimeout."""
+        await self._migrate_devices_alone()
+        with open(state, "rb") as file:
+            self._qmp.send_fd_scm(file.fileno())
+            await self._execute("getfd", {"fdname": "state"})
+            await self._execute("migrate-incoming", {"uri": "fd:state"})
+            await self._step("migrate-incoming", self._migrated())
+
+    async def _migrate_devices_alone(self) -> None:
+        """Leave RAM out of the state: it is in a file of its own."""
+        capability = {"capability": "x-ignore-shared", "state": True}
+        await self._execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    async def _migrated(self) -> None:
+        while True:
+            progress = await self._qmp.execute("query-migrate")
+            status = progress.get("status") if isinstance(progress, dict) else None
+            if status == "completed":
+                return
+            if status in {"failed", "cancelled"}:
+                raise SandboxDied(f"QEMU could not move the VM's state: {progress}")
+            await asyncio.sleep(_POLL)
 
     async def wait(self) -> VmExit:
         """Return when QEMU or one of its helpers is gone."""

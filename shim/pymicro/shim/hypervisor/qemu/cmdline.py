@@ -34,14 +34,18 @@ def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
     return COMMON_ARGUMENTS.format(accel=accel)
 
 
-def command(spec: VmSpec, *, monitor_fd: int, tsc_khz: int) -> list[str]:
+def command(
+    spec: VmSpec, *, monitor_fd: int, tsc_khz: int, memory: str | None = None, incoming: bool = False
+) -> list[str]:
     """Return the words that start QEMU for `spec`, paused, its monitor on the connected socket `monitor_fd`.
 
+    RAM lies in the file `memory`, or in memory of QEMU's own. With `incoming` the VM waits for a saved one's state.
     The guest's console is QEMU's stdout.
     """
     # kvm-clock tells the time under KVM; without it a kernel that finds no clock chip waits a second for one
     rtc = "off" if spec.accel == "kvm" else "on"
     machine = f"microvm,x-option-roms=off,pit=off,pic=off,rtc={rtc},isa-serial=on,pcie=on,acpi=on,memory-backend=ram"
+    backend = f"memory-backend-file,mem-path={memory}" if memory else "memory-backend-memfd"
     ports = [f"pcie-root-port,id=port{n},chassis={n + 1},slot={n + 1},bus=pcie.0" for n in range(ROOT_PORTS)]
     return [
         spec.binary,
@@ -51,7 +55,7 @@ def command(spec: VmSpec, *, monitor_fd: int, tsc_khz: int) -> list[str]:
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
         # vhost-user devices read the guest's memory themselves, so it must be shared
-        *("-object", f"memory-backend-memfd,id=ram,size={spec.memory_mib}M,share=on"),
+        *("-object", f"{backend},id=ram,size={spec.memory_mib}M,share=on"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-global", "virtio-mmio.force-legacy=false"),
@@ -62,5 +66,6 @@ def command(spec: VmSpec, *, monitor_fd: int, tsc_khz: int) -> list[str]:
         *(word for port in ports for word in ("-device", port)),
         *("-kernel", str(spec.kernel)),
         *("-append", kernel_arguments(spec, tsc_khz)),
+        *(("-incoming", "defer") if incoming else ()),
         "-S",
     ]
