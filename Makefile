@@ -104,7 +104,8 @@ $(STAMPS)/packages: Makefile
 	  dpkg-query -W -f '$${db:Status-Status}' $$name 2>/dev/null | grep -qx installed || echo $$name; done); \
 	if [ -n "$$missing" ]; then \
 	  echo "installing Debian packages:" $$missing; \
-	  $(APT_UPDATE) && $(APT_INSTALL) $$missing </dev/null; \
+	  $(APT_UPDATE) && $(APT_INSTALL) $$missing </dev/null || { \
+	    echo "If a package cannot be located: this needs Debian 12 with its security suite, or a later Debian."; exit 1; }; \
 	fi
 	@touch $@
 
