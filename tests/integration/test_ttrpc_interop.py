@@ -142,7 +142,7 @@ async def go_client(interop: Path, socket_path: Path, check: str) -> None:
         )
         _, errors = await process.communicate()
         async with asyncio.timeout(5):
-            while service.ended_waits < service.waiting:  # noqa: ASYNC110 -- only the number of them tells
+            while service.ended_waits < service.waiting:
                 await asyncio.sleep(0.01)
         await server.close()
         await serving

@@ -231,6 +231,21 @@ def test_a_bad_answer_fails_its_call_only(kind: int, payload: bytes, error: type
     run(scenario())
 
 
+def test_a_second_answer_is_dropped() -> None:
+    async def scenario() -> None:
+        async with client_and_peer() as (client, peer):
+            call = asyncio.create_task(echo(client, "x"))
+            stream = (await requests(peer, 1))["x"]
+            response = Response(payload=StringValue(value="y").SerializeToString()).SerializeToString()
+            peer.writer.write(2 * frames.encode(stream, frames.RESPONSE, 0, response))  # at once
+            assert await call == "y"
+            call = asyncio.create_task(echo(client, "next"))
+            peer.respond((await requests(peer, 1))["next"], "z")
+            assert await call == "z"
+
+    run(scenario())
+
+
 def test_an_oversize_answer_fails_its_call_only() -> None:
     async def scenario() -> None:
         async with client_and_peer() as (client, peer):

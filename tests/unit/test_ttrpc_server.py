@@ -523,8 +523,9 @@ def test_cancelling_serve_cleans_up_as_well() -> None:
                 await probe.running.wait()
                 task.cancel()
                 assert await peer.frame() is None
-        with pytest.raises(asyncio.CancelledError):
-            await task
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert listener.fileno() == -1
         assert probe.cancelled == 1
 
     run(scenario())

@@ -197,7 +197,7 @@ async def echo(client: Client, text: str, **options: Any) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until `condition` holds; `run` limits the time."""
-    while not condition():  # noqa: ASYNC110 -- what is waited for has no event
+    while not condition():
         await asyncio.sleep(0.001)
 
 
