@@ -66,7 +66,7 @@ async def turns(count: int = 5) -> None:
 async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
     """Return once `condition()` is true; fail after `limit` seconds."""
     async with asyncio.timeout(limit):
-        while not condition():  # noqa: ASYNC110  # conditions of any kind, which set no event
+        while not condition():  # conditions of any kind, which set no event
             await asyncio.sleep(0.001)
 
 

@@ -124,7 +124,9 @@ if TYPE_CHECKING:
         execs: "dict[str, int]"  # exec id -> pid, running execs only
 
     class Stats(TypedDict):
-        """Result of `stats`: the text of cgroup v2 files by name (cpu.stat, memory.current, ...), absent ones left out."""
+        """Result of `stats`: the text of cgroup v2 files by name (cpu.stat, memory.current, ...), absent ones left
+        out.
+        """
 
         files: "dict[str, str]"
 
