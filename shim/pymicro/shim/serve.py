@@ -67,7 +67,7 @@ async def _serve(start: Start, listener: socket.socket) -> None:
         os.unlink(start.socket_path)
     rootfs.remove_tree(start.directory)
     service.cleaned_up.set()
-    await server.close()
+    await server.close(grace=1)
     with suppress(asyncio.CancelledError):
         await serving
 
