@@ -232,16 +232,24 @@ class Guest:
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection = Connection(listener.accept()[0])
+                sock, _ = listener.accept()
             except OSError:
                 return
-            with self._changed:
-                if connection.hello["hello"] == "control":
-                    self._control = connection
-                    threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-                else:
-                    self._streams[connection.hello["token"]] = connection
-                self._changed.notify_all()
+            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        try:
+            connection = Connection(sock)
+        except (OSError, EOFError):  # the guest gave it up; it dials again
+            sock.close()
+            return
+        with self._changed:
+            if connection.hello["hello"] == "control":
+                self._control = connection
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            else:
+                self._streams[connection.hello["token"]] = connection
+            self._changed.notify_all()
 
     def _serve(self, connection: Connection) -> None:
         while True:

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def test_kill_after_exit_is_not_found(guest: Guest, name: str) -> None:
     for everyone in (False, True):
         error = error_of(process.signal, SIGTERM, everyone=everyone)
         assert (error.kind, error.message) == ("not_found", "process already finished")
+
+
+def test_number_that_is_no_signal_is_invalid(guest: Guest, name: str) -> None:
+    process = guest.run(name, "sleep", "1000")
+    assert error_of(process.signal, 99).kind == "invalid"
 
 
 def test_kill_all_reaches_every_process(guest: Guest, name: str) -> None:
@@ -377,6 +383,22 @@ def test_short_lived_containers_side_by_side(guest: Guest, name: str) -> None:
         assert process.wait() == 0
     for number in [guest.send("delete", container=each) for each in names]:
         guest.reply(number)
+
+
+def test_many_execs_at_once(guest: Guest, name: str) -> None:
+    guest.run(name, "sleep", "1000")
+
+    def run_one(number: int) -> tuple[bytes, bytes, int]:
+        process = guest.execute(name, f"e{number}", "sh", "-c", f"cat; echo {number}; exit {number}", stdin=True)
+        process.write(b"z" * 50_000)
+        process.close_stdin()
+        result = process.read(), process.read("stderr"), process.wait()
+        guest.call("delete", container=name, exec=f"e{number}")
+        return result
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(run_one, range(24)))
+    assert results == [(b"z" * 50_000 + b"%d\n" % number, b"", number) for number in range(24)]
 
 
 def test_exit_is_told_after_the_replies(guest: Guest, name: str) -> None:
