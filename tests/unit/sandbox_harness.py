@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from google.protobuf.message import Message
 from pymicro.shim import anchor, boot, cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
-from pymicro.shim.config import Settings, Timeouts
+from pymicro.shim.config import Settings, Timeouts, Vm
 from pymicro.shim.container import Container
 from pymicro.shim.errors import InvalidRequest
 from pymicro.shim.events import Publisher
@@ -28,7 +29,12 @@ from tests.framework.fakes import no_descriptor_leaks, until
 Json = dict[str, Any]  # JSON of any kind
 
 NO_STDIO = StdioPaths("", "", "", terminal=False)
-SETTINGS = Settings(timeouts=Timeouts(vmm=2, hello=2, request=2, drain=0.5))
+SETTINGS = Settings(vm=Vm(start="boot"), timeouts=Timeouts(vmm=2, hello=2, request=2, drain=0.5))
+
+
+def settings_with(**timeouts: float) -> Settings:
+    """Return the tests' settings with other time-outs."""
+    return msgspec.structs.replace(SETTINGS, timeouts=msgspec.structs.replace(SETTINGS.timeouts, **timeouts))
 
 
 class Events(Publisher):
@@ -236,4 +242,4 @@ async def pod(
         assert pod.host.nothing_left, vars(pod.host)
 
 
-__all__ = ["NO_STDIO", "SETTINGS", "Events", "FakeHost", "Json", "Pod", "pod"]
+__all__ = ["NO_STDIO", "SETTINGS", "Events", "FakeHost", "Json", "Pod", "pod", "settings_with"]

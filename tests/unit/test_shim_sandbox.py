@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from pymicro.shim import cgroup, state
-from pymicro.shim.config import Settings, Timeouts
 from pymicro.shim.errors import (
     AlreadyExists,
     GuestError,
@@ -22,7 +21,7 @@ from pymicro.shim.requests import StdioPaths
 from pymicro.wire import messages
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
-from tests.unit.sandbox_harness import SETTINGS, Json, Pod, pod
+from tests.unit.sandbox_harness import SETTINGS, Json, Pod, pod, settings_with
 
 
 @asynchronous
@@ -64,7 +63,9 @@ async def test_paths_and_tokens_that_the_guest_gets(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         await p.create()
         create = p.guest.requests[1][1]
-        assert create["spec"]["root"]["path"] == f"{messages.GUEST_SHARE}/c1/rootfs"
+        (mount,) = p.host.mounts
+        below = mount.removeprefix(f"{tmp_path}/run/share/")
+        assert create["spec"]["root"]["path"] == f"{messages.GUEST_SHARE}/{below}"
         assert create["streams"] == {"stdin": None, "stdout": None, "stderr": None}
         assert str(tmp_path) not in str(create), "a path of the host"
 
@@ -155,7 +156,7 @@ async def test_exec_keeps_its_own_status_when_the_init_overtakes_it(tmp_path: Pa
 @asynchronous
 async def test_exec_whose_client_never_comes_does_not_hold_up_the_init(tmp_path: Path) -> None:
     fifo = Fifo(tmp_path / "out")
-    async with pod(tmp_path, settings=Settings(timeouts=Timeouts(request=0.3))) as p:
+    async with pod(tmp_path, settings=settings_with(request=0.3)) as p:
         container = await p.running()
         await p.add_exec(stdio=StdioPaths("", fifo.path, "", terminal=False))
         starting = asyncio.create_task(p.sandbox.start("c1", "e1"))
@@ -220,7 +221,7 @@ async def test_exec_that_cannot_start_releases_who_waits_and_may_be_tried_again(
 @asynchronous
 async def test_exec_whose_output_nobody_opens_releases_who_waits(tmp_path: Path) -> None:
     fifo = Fifo(tmp_path / "out")
-    settings = Settings(timeouts=Timeouts(request=0.05))
+    settings = settings_with(request=0.05)
     async with pod(tmp_path, settings=settings) as p:
         container = await p.running()
         await p.add_exec(stdio=StdioPaths("", fifo.path, "", terminal=False))
@@ -427,7 +428,7 @@ async def test_bundle_without_config(tmp_path: Path) -> None:
 )
 @asynchronous
 async def test_guest_that_does_not_introduce_itself(tmp_path: Path, hello: Json, error: str) -> None:
-    settings = Settings(timeouts=Timeouts(hello=0.2))
+    settings = settings_with(hello=0.2)
     with no_descriptor_leaks():
         async with pod(tmp_path, FakeGuest(hello), settings) as p:
             with pytest.raises(ShimError, match=error):
@@ -502,7 +503,7 @@ async def test_output_is_with_the_client_before_the_exit_is_reported(tmp_path: P
 async def test_client_that_does_not_read_delays_the_exit_only_so_long(tmp_path: Path) -> None:
     fifo = Fifo(tmp_path / "out")
     fifo.open_reader()
-    settings = Settings(timeouts=Timeouts(drain=0.1))
+    settings = settings_with(drain=0.1)
     async with pod(tmp_path, settings=settings) as p:
         container = await p.running(stdio=StdioPaths("", fifo.path, "", terminal=False))
         p.guest.process("c1").sent["stdout"] = 1 << 30

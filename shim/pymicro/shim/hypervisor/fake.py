@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pymicro.shim.channel import memory
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied
-from pymicro.shim.hypervisor.base import Boot, Device, VmExit, VmSpec
+from pymicro.shim.hypervisor.base import Device, Origin, VmExit, VmSpec, Vsock
 from pymicro.shim.spawn import Place
 from pymicro.wire import frames, messages
 
@@ -235,8 +236,16 @@ class FakeVm:
         self.devices.append(device)
 
     async def resume(self) -> None:
-        """Let the guest run."""
-        self.guest.boot(self.dial)
+        """Let the guest run. Without a vsock it gets no farther than to be ready for one."""
+        if any(isinstance(device, Vsock) for device in self.devices):
+            self.guest.boot(self.dial)
+
+    async def console_says(self, text: str) -> None:
+        """Return at once: the guest has said it."""
+
+    async def save(self, state: Path) -> None:
+        """Write a state that no VM needs."""
+        state.write_bytes(b"a fake VM")
 
     async def accept(self) -> Channel:
         """Return the next connection of the guest. Raises SandboxDied."""
@@ -269,17 +278,29 @@ class FakeVm:
 
 
 class FakeHypervisor:
-    """Implements hypervisor.base.Hypervisor; `vms` are those it has launched, `running` how many have not ended."""
+    """Implements hypervisor.base.Hypervisor.
+
+    `origins` are those of the VMs that it was asked for, `vms` those that it has launched, `running` how many have not
+    ended. `spoil(origin)` may raise in place of launching.
+    """
 
     def __init__(self, guest: FakeGuest | None = None) -> None:
         self.guest = guest or FakeGuest()
+        self.spoil: Callable[[Origin], None] = lambda _origin: None
+        self.origins: list[Origin] = []
         self.vms: list[FakeVm] = []
         self.running = 0
 
+    def identity(self, spec: VmSpec) -> str:
+        """Return what tells VMs of different shapes apart."""
+        return repr(spec)
+
     @asynccontextmanager
-    async def launch(self, spec: VmSpec, origin: Boot, place: Place) -> AsyncIterator[FakeVm]:
+    async def launch(self, spec: VmSpec, origin: Origin, place: Place) -> AsyncIterator[FakeVm]:
         """Yield a VM whose guest is the script."""
-        del spec, origin, place
+        del spec, place
+        self.origins.append(origin)
+        self.spoil(origin)
         vm = FakeVm(self.guest)
         self.vms.append(vm)
         self.running += 1
