@@ -64,7 +64,8 @@ def command(
         *("-blockdev", f"driver=file,node-name=image,filename={spec.image},read-only=on,auto-read-only=off"),
         *("-device", "virtio-blk-device,drive=image"),
         *(word for port in ports for word in ("-device", port)),
-        # with ACPI the machine's own default is bios-microvm.bin, which Debian 13 makes SeaBIOS: it finds no kernel here
+        # with ACPI the machine's own default is bios-microvm.bin, which Debian 13 makes SeaBIOS: it finds no kernel
+        # here
         *("-bios", "qboot.rom"),
         *("-kernel", str(spec.kernel)),
         *("-append", kernel_arguments(spec, tsc_khz)),
