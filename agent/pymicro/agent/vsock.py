@@ -37,14 +37,9 @@ def dial() -> "_socket.socket | None":
     if cid == NO_CID:
         return None
     connection = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    import time
-    from pymicro.agent.concurrency import log
-    t=time.monotonic()
     try:
         connection.connect((HOST_CID, cid))
-        if time.monotonic()-t>.5: log(f"slow dial {time.monotonic()-t}")
-    except OSError as e:
-        log(f"dial failed {e!r} {time.monotonic()-t}")
+    except OSError:
         connection.close()
         return None
     return connection
