@@ -17,11 +17,22 @@ def parser() -> argparse.ArgumentParser:
         " do. Exit status: 0 all ok, 1 something degraded, 2 something missing.",
     )
     ps = commands.add_parser("ps", help="list the sandboxes", description="List the sandboxes of this host.")
+    template = commands.add_parser(
+        "template",
+        help="make, list and remove the saved VMs that pods start from",
+        description="build: make the template of a VM size ahead of its first pod. list: show all. rm: remove some."
+        " prune: remove damaged ones.",
+    )
+    template.add_argument("action", choices=("build", "list", "rm", "prune"))
+    template.add_argument("names", nargs="*", metavar="TEMPLATE", help="for rm: which")
+    template.add_argument("--vcpus", type=int, metavar="N", help="for build (default: vm.vcpus)")
+    template.add_argument("--memory", type=int, metavar="MIB", help="for build (default: vm.memory_mib)")
     for command in (check, ps):
         command.add_argument("--json", action="store_true", help="print JSON")
-    check.add_argument(
-        "--config", metavar="FILE", help="settings file (default: $PYMICRO_CONFIG, /etc/pymicro/config.toml)"
-    )
+    for command in (check, template):
+        command.add_argument(
+            "--config", metavar="FILE", help="settings file (default: $PYMICRO_CONFIG, /etc/pymicro/config.toml)"
+        )
     return top
 
 
@@ -42,6 +53,16 @@ def _run(arguments: argparse.Namespace) -> int:
         from pymicro.ctl.check import run
 
         return run(arguments.config, as_json=arguments.json)
+    if arguments.command == "template":
+        from pymicro.ctl.template import run as run_template
+
+        return run_template(
+            arguments.action,
+            arguments.names,
+            config=arguments.config,
+            vcpus=arguments.vcpus,
+            memory_mib=arguments.memory,
+        )
     from pymicro.ctl.ps import run as run_ps
 
     return run_ps(as_json=arguments.json)

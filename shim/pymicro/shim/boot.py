@@ -100,7 +100,7 @@ async def boot(
         directory.mkdir(exist_ok=True)
     rootfs.make_share(str(share), str(view))
     hypervisor = registry.hypervisor(settings)
-    store = Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
+    store = template_store(settings)
     origin = await store.origin(spec, hypervisor, place) if settings.vm.start == "snapshot" else Boot()
     begun = timeline.span("template", begun)
     ascent = Ascent(spec, hypervisor, host.find_virtiofsd(settings), view, place, take_stream, settings.timeouts.hello)
@@ -162,6 +162,11 @@ def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
         memory_mib=size.memory_mib,
         accel=host.choose_accel(settings.vm.accel),
     )
+
+
+def template_store(settings: Settings) -> Store:
+    """Return this host's templates."""
+    return Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
 
 
 class Greeter:

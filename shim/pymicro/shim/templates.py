@@ -35,6 +35,16 @@ class Damaged(Exception):  # a finding, as the errors of errors.py are
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """A template's shape, when it was made (seconds since the epoch), and the bytes of tmpfs that its RAM holds."""
+
+    vcpus: int
+    memory_mib: int
+    created_at: float
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
     """Where templates are kept, and how many. `timeout` (seconds) bounds the boot of a VM that becomes one."""
 
@@ -71,7 +81,29 @@ class Store:
     def discard(self, name: str, why: str) -> None:
         """Remove a template and say why."""
         logger.warning("template %s is discarded: %s", name, why)
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a template. VMs that were started from it go on: they have copies."""
         shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def is_sound(self, name: str) -> bool:
+        """Tell whether the template can be used as far as its files go."""
+        try:
+            _checked(self.directory / name, name)
+        except (Damaged, OSError, ValueError):
+            return False
+        return True
+
+    def facts(self, name: str) -> "Facts":
+        """Return what is known of a template; zeros where its files do not say."""
+        memory = self.directory / name / MEMORY
+        held = memory.stat().st_blocks * 512 if memory.exists() else 0
+        try:
+            recorded = json.loads((self.directory / name / MANIFEST).read_text(encoding="utf-8"))
+            return Facts(recorded["vcpus"], recorded["memory_mib"], recorded["created_at"], held)
+        except (OSError, ValueError, KeyError, TypeError):
+            return Facts(0, 0, 0.0, held)
 
     def names(self) -> list[str]:
         """Return the names of all templates, the least recently used first."""
@@ -94,7 +126,7 @@ class Store:
                 await vm.resume()
                 await self._ready(vm.console_says(messages.READY))
                 await vm.save(state)
-            _write_manifest(scratch, name)
+            _write_manifest(scratch, name, spec)
             os.rename(scratch, self.directory / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -119,7 +151,7 @@ class Store:
         others = [name for name in self.names() if name != keep]
         for name in others[: max(0, len(others) + 1 - self.most)]:
             logger.info("template %s is removed: %d are kept (template.most)", name, self.most)
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+            self.remove(name)
 
     @asynccontextmanager
     async def _locked(self, name: str) -> AsyncIterator[None]:
@@ -161,8 +193,9 @@ def _host_cpu() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(("vendor", "model", "stepping", "flags")))
 
 
-def _write_manifest(scratch: Path, name: str) -> None:
-    facts = {"name": name, "created_at": time.time(), **_fingerprints(scratch)}
+def _write_manifest(scratch: Path, name: str, spec: VmSpec) -> None:
+    shape = {"vcpus": spec.vcpus, "memory_mib": spec.memory_mib}
+    facts = {"name": name, "created_at": time.time(), **shape, **_fingerprints(scratch)}
     with open(scratch / MANIFEST, "x", encoding="utf-8") as file:
         json.dump({**facts, "sha256": _digest(facts)}, file)
 
@@ -190,7 +223,7 @@ def _fingerprints(where: Path) -> dict[str, Any]:
     """
     memory = (where / MEMORY).stat()
     return {
-        "memory": [memory.st_size, memory.st_blocks, memory.st_ino, memory.st_mtime_ns, memory.st_ctime_ns],
+        "memory": [memory.st_size, memory.st_ino, memory.st_mtime_ns, memory.st_ctime_ns],
         "state": hashlib.sha256((where / STATE).read_bytes()).hexdigest(),
     }
 

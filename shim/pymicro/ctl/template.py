@@ -1,0 +1,72 @@
+"""`pymicroctl template`: make, list and remove the saved VMs that pods start from."""
+
+import asyncio
+import logging
+import sys
+import time
+
+from pymicro.shim import host
+from pymicro.shim.boot import template_store
+from pymicro.shim.config import Settings, load
+from pymicro.shim.errors import ShimError
+from pymicro.shim.hypervisor import registry
+from pymicro.shim.hypervisor.base import Template, VmSpec
+from pymicro.shim.spawn import Place
+from pymicro.shim.templates import Store
+
+
+def run(action: str, names: list[str], *, config: str | None, vcpus: int | None, memory_mib: int | None) -> int:
+    """Do `action`; return the exit status: 0 done, 1 not, with the reason on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        settings = load(config)
+        store = template_store(settings)
+        if action == "build":
+            return asyncio.run(_build(settings, vcpus, memory_mib))
+        if action == "list":
+            _list(settings)
+            return 0
+        damaged = [name for name in store.names() if not store.is_sound(name)]
+        return _remove(store, names if action == "rm" else damaged)
+    except (ShimError, OSError) as error:
+        print(f"pymicroctl: {error}", file=sys.stderr)
+        return 1
+
+
+def _remove(store: Store, names: list[str]) -> int:
+    known = store.names()
+    if unknown := [name for name in names if name not in known]:
+        raise ShimError(f"there is no template {unknown[0]}; `pymicroctl template list` shows them")
+    for name in names:
+        store.remove(name)
+        print(name)
+    return 0
+
+
+async def _build(settings: Settings, vcpus: int | None, memory_mib: int | None) -> int:
+    kernel, image = host.guest_files(settings)
+    spec = VmSpec(
+        binary=host.find_qemu(settings),
+        kernel=kernel,
+        image=image,
+        vcpus=vcpus or settings.vm.vcpus,
+        memory_mib=memory_mib or settings.vm.memory_mib,
+        accel=host.choose_accel(settings.vm.accel),
+    )
+    store = template_store(settings)
+    origin = await store.origin(spec, registry.hypervisor(settings), Place(store.directory))
+    if not isinstance(origin, Template):
+        return 1  # the store has said why
+    print(origin.memory.parent.name)
+    return 0
+
+
+def _list(settings: Settings) -> None:
+    store = template_store(settings)
+    print(f"{'TEMPLATE':18}{'CPUS':>5}{'MEMORY':>9}{'HELD':>9}{'AGE':>9}  STATE")
+    for name in store.names():
+        facts = store.facts(name)
+        held = facts.held_bytes >> 20
+        age = f"{(time.time() - facts.created_at) / 60:.0f} min"
+        state = "ok" if store.is_sound(name) else "damaged: it will not be used"
+        print(f"{name:18}{facts.vcpus:>5}{facts.memory_mib:>5} MiB{held:>5} MiB{age:>9}  {state}")
