@@ -29,7 +29,13 @@ from tests.framework.fakes import no_descriptor_leaks, until
 Json = dict[str, Any]  # JSON of any kind
 
 NO_STDIO = StdioPaths("", "", "", terminal=False)
+SPEC = VmSpec("/qemu", Path("/kernel"), Path("/image"), 1, 256, "tcg")
 SETTINGS = Settings(vm=Vm(start="boot"), timeouts=Timeouts(vmm=2, hello=2, request=2, drain=0.5))
+
+
+def settings_like(**sections: Any) -> Settings:  # a struct of config.py each
+    """Return the tests' settings with other sections."""
+    return msgspec.structs.replace(SETTINGS, **sections)
 
 
 def settings_with(**timeouts: float) -> Settings:
@@ -144,7 +150,7 @@ class FakeHost:
         finally:
             self.helpers.remove(helper)
 
-    def put_in_place(self, patch: pytest.MonkeyPatch, hypervisor: FakeHypervisor) -> None:
+    def put_in_place(self, patch: pytest.MonkeyPatch, hypervisor: FakeHypervisor, spec: VmSpec) -> None:
         """Replace what needs root or a VM."""
         patch.setattr(cgroup, "create", self.create_cgroups)
         patch.setattr(cgroup, "remove", self.remove_cgroups)
@@ -156,7 +162,7 @@ class FakeHost:
         patch.setattr(rootfs, "remove_tree", self.remove_tree)
         patch.setattr(anchor, "start", self.start_anchor)
         patch.setattr(boot, "pod_netns", self.netns)
-        patch.setattr(boot, "vm_spec", lambda *_: VmSpec("/qemu", Path("/kernel"), Path("/image"), 1, 256, "tcg"))
+        patch.setattr(boot, "vm_spec", lambda *_: spec)
         patch.setattr(host, "find_virtiofsd", lambda _settings: None)
         patch.setattr(host, "verify_artifact", lambda _path: None)
         patch.setattr(virtiofsd, "serve", self.virtiofsd)
@@ -224,13 +230,14 @@ async def pod(
     guest: FakeGuest | None = None,
     settings: Settings = SETTINGS,
     prepare: Callable[[Pod], None] = lambda _pod: None,
+    spec: VmSpec = SPEC,
 ) -> AsyncIterator[Pod]:
     """Yield a pod whose sandbox boots; afterwards nothing of it may be left. `prepare` comes before the boot."""
     run = tmp_path / "run"
     run.mkdir()
     pod = Pod(tmp_path, guest or FakeGuest(), settings)
     with no_descriptor_leaks(), pytest.MonkeyPatch.context() as patch:
-        pod.host.put_in_place(patch, pod.hypervisor)
+        pod.host.put_in_place(patch, pod.hypervisor, spec)
         prepare(pod)
         identity = Identity("ns", "c1", pod.bundle("c1"), str(run), str(tmp_path / "socket"))
         pod.sandbox = Sandbox(identity, Bundle.load(identity.bundle), settings, pod.events, Timeline(0))
@@ -242,4 +249,4 @@ async def pod(
         assert pod.host.nothing_left, vars(pod.host)
 
 
-__all__ = ["NO_STDIO", "SETTINGS", "Events", "FakeHost", "Json", "Pod", "pod", "settings_with"]
+__all__ = ["NO_STDIO", "SETTINGS", "Events", "FakeHost", "Json", "Pod", "pod", "settings_like", "settings_with"]

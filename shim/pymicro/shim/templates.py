@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymicro.shim.errors import ShimError, StepTimeout
+from pymicro.shim.errors import InvalidSettings, ShimError, StepTimeout
 from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Template, VmSpec
 from pymicro.shim.spawn import Place
 from pymicro.wire import messages
@@ -56,8 +57,9 @@ class Store:
         """Return the template for `spec`, built now if there is none yet; a cold boot, with a warning, if that
         fails.
         """
-        name = key(spec, hypervisor)
         try:
+            self._claim()
+            name = key(spec, hypervisor)
             if template := self.find(name):
                 return template
             async with self._locked(name):
@@ -65,6 +67,19 @@ class Store:
         except (ShimError, OSError) as error:
             logger.warning("no template for this pod, it boots cold: %s", error)
             return Boot()
+
+    def _claim(self) -> None:
+        """Make the directory; refuse one that others control, since they would own what every VM starts from.
+
+        tmpfs is where everybody may create files, so somebody may have been there first. Raises InvalidSettings,
+        OSError.
+        """
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self.directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise InvalidSettings(
+                f"{self.directory} (templates.directory) must be a directory that only this user can enter; remove it"
+            )
 
     def find(self, name: str) -> Template | None:
         """Return the template called `name`; a damaged one is discarded with a warning."""
@@ -156,7 +171,6 @@ class Store:
     @asynccontextmanager
     async def _locked(self, name: str) -> AsyncIterator[None]:
         """Hold the lock of the template `name`, which whoever builds it holds; it goes with its holder."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self.directory / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             async with asyncio.timeout(self.timeout):
@@ -204,8 +218,8 @@ def _checked(where: Path, name: str) -> Template:
     """Return the template in `where`. Raises Damaged, FileNotFoundError, OSError, ValueError (its manifest)."""
     with open(where / MANIFEST, encoding="utf-8") as file:
         facts = json.load(file)
-    digest = facts.pop("sha256", None)
-    if facts.get("name") != name or digest != _digest(facts):
+    digest = facts.pop("sha256", None) if isinstance(facts, dict) else None
+    if not digest or facts.get("name") != name or digest != _digest(facts):
         raise Damaged("its manifest is another template's, or damaged")
     now = _fingerprints(where)
     if changed := [fact for fact, value in now.items() if facts.get(fact) != value]:
