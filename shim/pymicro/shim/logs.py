@@ -1,9 +1,13 @@
 """Logging of the daemon: lines as containerd's own shims write them, to the bundle's `log` FIFO, never blocking."""
 
+import json
 import logging
 import os
 from contextlib import suppress
 from datetime import UTC, datetime
+
+TIMELINE = "pymicro.shim.timeline"
+"""The logger whose messages are JSON and stay as they are, for programs to read."""
 
 
 class FifoHandler(logging.Handler):
@@ -15,14 +19,17 @@ class FifoHandler(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        line = text if text.startswith("{") else quoted(text)
+        line = text if record.name == TIMELINE else quoted(text)
         with suppress(OSError):
             os.write(2, f'time="{moment}" level={record.levelname.lower()} runtime=pymicro msg={line}\n'.encode())
 
 
 def quoted(text: str) -> str:
-    """Return `text` in double quotes on one line, as logfmt has it."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    """Return `text` in double quotes on one line, as logfmt has it.
+
+    Control characters are escaped: a guest's words, which a message may quote, must not look like a line of their own.
+    """
+    return json.dumps(text)
 
 
 def set_up(level: str) -> None:
