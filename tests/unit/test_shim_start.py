@@ -114,7 +114,7 @@ def test_start_over_a_leftover_sandbox_keeps_the_new_socket(host: Host) -> None:
     state.write(str(run), {"socket": path, "cgroups": [], "shim_pid": 4194304, "shim_start_time": 1})
     assert host.execute("start").returncode == 0
     assert stat.S_ISSOCK(os.stat(path).st_mode)
-    assert state.read(str(run)) == {}
+    assert "shim_pid" not in state.read(str(run)), "the old record is gone"
 
 
 def test_second_container_of_a_pod_joins_the_first(host: Host, listening: str) -> None:
