@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _GREETING_LIMIT = 5.0
 """Seconds in which a connection from the guest must say what it is."""
+_SAME_MOMENT = 0.2
+"""Seconds in which processes that end because of each other are reaped."""
 
 
 class Note(Protocol):
@@ -47,11 +49,19 @@ class Booted:
     resumed_ns: int
 
     async def gone(self) -> VmExit:
-        """Return when the VMM or a helper has ended: which and how."""
+        """Return when the VMM or a helper has ended: which and how, and what a guest that ended by itself last said.
+
+        virtiofsd ends in peace when its VMM is gone, and may be reaped first: then the VMM is the cause.
+        """
         waits = [asyncio.create_task(self.vm.wait()), asyncio.create_task(self._share_gone())]
         try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            return next(iter(done)).result()
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[1].done() and waits[1].result().status == 0:
+                await asyncio.wait(waits[:1], timeout=_SAME_MOMENT)
+            if not waits[0].done():
+                return waits[1].result()
+            ended = waits[0].result()
+            return ended if ended.status else replace(ended, last_lines=_last_said(self.vm.console()))
         finally:
             for wait in waits:
                 wait.cancel()
@@ -265,10 +275,13 @@ def _record_guest(timeline: Timeline, booted: Booted, launched: int, hello: dict
 
 
 def _console(lines: Sequence[str]) -> str:
+    return "the console's last lines: " + (" | ".join(_last_said(lines)) or "none")
+
+
+def _last_said(lines: Sequence[str]) -> Sequence[str]:
     """The console's last lines; of a kernel panic those up to its cause, not the registers."""
     panic = next((n for n, line in enumerate(lines) if "Kernel panic" in line), None)
-    chosen = lines[-8:] if panic is None else lines[max(0, panic - 5) : panic + 1]
-    return "the console's last lines: " + (" | ".join(chosen) if chosen else "none")
+    return lines[-8:] if panic is None else lines[max(0, panic - 5) : panic + 1]
 
 
 def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:

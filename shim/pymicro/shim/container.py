@@ -168,6 +168,8 @@ class Container:
             await (await self.pod.agent()).call("signal", params)
         except WrongState as error:  # it has exited, and its exit event is on the way
             raise NotFound(f"process already finished: {error}") from error
+        except SandboxDied as error:  # it is dead with its VM: who kills waits for the exit, which is being reported
+            logger.debug("%r: no signal %d: %s", process, number, error)
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""

@@ -26,6 +26,9 @@ from pymicro.shim.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
+_AUTOPSY = 1.0
+"""Seconds that an error waits for the cause of the VM's death."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -55,6 +58,7 @@ class Sandbox:
         self._timeline = timeline
         self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
         self._death: SandboxDied | None = None
+        self._died = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._record: dict[str, Any] = {"created_at": time.time()}
         self._ending = False
@@ -107,6 +111,7 @@ class Sandbox:
             reason = ShimError(f"{type(error).__name__}: {error}")
         finally:
             self._death = reason if isinstance(reason, SandboxDied) else SandboxDied(str(reason))
+            self._died.set()
             for future in (self._place, self._agent):
                 if not future.done():
                     future.set_exception(reason)
@@ -196,11 +201,21 @@ class Sandbox:
         stack = AsyncExitStack()
         try:
             return await self._create(request, bundle, stack, begun)
+        except SandboxDied as error:
+            await stack.aclose()
+            raise await self._cause(error) from error
         except BaseException:
             await stack.aclose()
             raise
         finally:
             self._creating.discard(request.id)
+
+    async def _cause(self, error: SandboxDied) -> SandboxDied:
+        """Return why the VM died, which is known a moment after the agent's connection has broken; else `error`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_AUTOPSY):
+                await self._died.wait()
+        return self._death or error
 
     async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
@@ -270,7 +285,10 @@ class Sandbox:
         """Start a container's init or exec; return its pid."""
         begun = time.monotonic_ns()
         container = self.container(container_id)
-        pid = await container.start(exec_id)
+        try:
+            pid = await container.start(exec_id)
+        except SandboxDied as error:
+            raise await self._cause(error) from error
         if not exec_id:
             self._timeline.span("start", begun)
             self._timeline.log(container_id, sandbox=self.identity.id)

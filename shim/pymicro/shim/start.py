@@ -44,6 +44,8 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     with suppress(FileNotFoundError):
         state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
+    record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
+    state.write(directory, record)
     _record_address(path)  # before there is a daemon: what can fail must not leave one behind
     if os.fork() == 0:
         _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)
