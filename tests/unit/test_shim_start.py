@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymicro.protos import task_pb2
 from pymicro.shim import delete, grouping, start, state
@@ -299,6 +299,7 @@ def test_log_is_opened_without_waiting_for_a_reader(tmp_path: Path, monkeypatch:
 # --- the answer of delete
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**62), st.integers(0, 2**32 - 1))
 def test_delete_response_is_what_protobuf_writes(status: int, at_ns: int, pid: int) -> None:
     message = task_pb2.DeleteResponse.FromString(delete.delete_response(status, at_ns, pid))
@@ -306,6 +307,7 @@ def test_delete_response_is_what_protobuf_writes(status: int, at_ns: int, pid: i
     assert (message.exited_at.seconds, message.exited_at.nanos) == divmod(at_ns, 10**9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**32 - 1), st.integers(10**9, 2**62).filter(lambda ns: ns % 10**9), st.integers(0, 2**32 - 1))
 def test_delete_response_byte_for_byte(status: int, at_ns: int, pid: int) -> None:
     message = task_pb2.DeleteResponse(exit_status=status, pid=pid)

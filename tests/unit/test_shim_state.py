@@ -95,7 +95,7 @@ def test_records_that_are_none(run: Path, content: bytes) -> None:
     assert not run.exists()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
     values=st.fixed_dictionaries({}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket"), Json))
 )
