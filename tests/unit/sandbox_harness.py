@@ -16,7 +16,8 @@ from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, Timeouts, Vm
 from pymicro.shim.container import Container
 from pymicro.shim.errors import InvalidRequest
-from pymicro.shim.events import Publisher
+from pymicro.shim.events import Event, Publisher
+from pymicro.shim.forward import message
 from pymicro.shim.hypervisor import registry, virtiofsd
 from pymicro.shim.hypervisor.base import VmSpec
 from pymicro.shim.hypervisor.fake import FakeGuest, FakeHypervisor, FakeVm
@@ -50,7 +51,8 @@ class Events(Publisher):
         self.sent: list[Message] = []
         self.log: list[str] = []
 
-    def _publish(self, event: Message) -> None:
+    def _publish(self, what: Event) -> None:
+        event = message(what)
         self.sent.append(event)
         name = type(event).__name__.removeprefix("Task").lower()
         who = getattr(event, "exec_id", "") or getattr(event, "id", "") or getattr(event, "container_id", "")

@@ -9,15 +9,18 @@ from asyncio.trsock import TransportSocket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pymicro.shim import logs, rootfs, translate
+from pymicro.shim import logs, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, load, with_annotations
 from pymicro.shim.errors import ShimError, status_code
 from pymicro.shim.events import Publisher
 from pymicro.shim.sandbox import Identity, Sandbox
-from pymicro.shim.service import SERVICES, TaskService
 from pymicro.shim.timeline import Timeline
-from pymicro.ttrpc import Method, Server
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.shim.service import TaskService
+    from pymicro.ttrpc import Server
 
 EVENTS_LIMIT = 5.0
 """Seconds that the last events may take at the end; containerd may be gone for good."""
@@ -53,9 +56,8 @@ async def _serve(start: Start, listener: socket.socket) -> None:
     timeline.span("shim", start.begun_ns)
     events = Publisher(os.environ.get("TTRPC_ADDRESS") or f"{start.containerd_address}.ttrpc", start.namespace)
     sandbox = _sandbox(start, events, timeline)
-    service = TaskService(sandbox)
-    methods = {name: Method(handler, request) for name, (request, handler) in service.methods().items()}
-    server = Server(dict.fromkeys(SERVICES, methods), status_of=_status_of, authorize=_same_user)
+    await asyncio.sleep(0)  # the VMM is started now; what follows is imported while it gets ready
+    service, server = _task_service(sandbox)
     serving = asyncio.create_task(server.serve(listener), name="ttrpc")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
     await asyncio.wait((shutdown, serving), return_when=asyncio.FIRST_COMPLETED)
@@ -72,10 +74,28 @@ async def _serve(start: Start, listener: socket.socket) -> None:
         await serving
 
 
+def _task_service(sandbox: Sandbox | ShimError) -> "tuple[TaskService, Server]":
+    """Return the Task service over `sandbox`, and the server that offers it under both its names."""
+    from pymicro.shim.service import SERVICES, TaskService
+    from pymicro.ttrpc import Method, Server
+
+    service = TaskService(sandbox)
+    methods = {name: Method(handler, request) for name, (request, handler) in service.methods().items()}
+    return service, Server(dict.fromkeys(SERVICES, methods), status_of=_status_of, authorize=_same_user)
+
+
+def _config_path(options: bytes) -> str | None:
+    if not options:
+        return None
+    from pymicro.shim.translate import config_path
+
+    return config_path(options)
+
+
 def _sandbox(start: Start, events: Publisher, timeline: Timeline) -> Sandbox | ShimError:
     """Return the sandbox, already booting, or why there is none: Create will say so."""
     try:
-        settings = load(translate.config_path(start.options))
+        settings = load(_config_path(start.options))
         _set_up_logs(start, settings)
         bundle = Bundle.load(start.bundle)
         settings = with_annotations(settings, bundle.annotations)

@@ -14,7 +14,6 @@ from google.protobuf.message import Message
 from pymicro.protos import task_pb2
 from pymicro.shim import metrics, translate
 from pymicro.shim.errors import NotFound, ShimError, Unsupported
-from pymicro.shim.events import pack
 from pymicro.shim.sandbox import Sandbox
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
@@ -131,7 +130,7 @@ class TaskService:
 
     async def stats(self, request: task_pb2.StatsRequest) -> task_pb2.StatsResponse:
         files = await self._sandbox.container(request.id).stats()
-        return task_pb2.StatsResponse(stats=pack(metrics.for_this_host(files)))
+        return task_pb2.StatsResponse(stats=translate.pack(metrics.for_this_host(files)))
 
     async def checkpoint(self, request: task_pb2.CheckpointTaskRequest) -> Empty:
         raise Unsupported(f"checkpoint of {request.id!r}: a microVM's container cannot be checkpointed")

@@ -2,18 +2,31 @@
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from pymicro.protos import process_pb2, runc_pb2, runtimeoptions_pb2, task_pb2
 from pymicro.shim.container import Container
 from pymicro.shim.errors import InvalidRequest
-from pymicro.shim.events import pack, timestamp
 from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted, ExecProcess, Exit, Mount, ProcessInfo, StdioPaths
 
 _OPTIONS = "runtimeoptions.v1.Options"  # containerd 1.6 says cri.runtimeoptions.v1.Options
+
+
+def timestamp(moment: datetime) -> Timestamp:
+    """Return `moment` as protobuf."""
+    converted = Timestamp()
+    converted.FromDatetime(moment)
+    return converted
+
+
+def pack(message: Message) -> AnyMessage:
+    """Return `message` in an Any as containerd's typeurl reads it: the bare name, without Python's host prefix."""
+    return AnyMessage(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
 def config_path(options: bytes) -> str | None:
