@@ -99,6 +99,7 @@ class FakeHost:
     def __init__(self) -> None:
         self.cgroups: set[str] = set()
         self.mounts: set[str] = set()
+        self.binds: list[tuple[str, bool]] = []
         self.anchors: dict[int, FakeAnchor] = {}
         self.helpers: list[FakeHelper] = []
         self.namespaces = 0
@@ -123,8 +124,8 @@ class FakeHost:
         self.mounts.add(target)
         self._check("mount_rootfs")
 
-    def bind(self, _source: str, target: str, *, read_only: bool) -> None:
-        del read_only
+    def bind(self, source: str, target: str, *, read_only: bool) -> None:
+        self.binds.append((source, read_only))
         self.mounts.add(target)
         self._check("bind")
 
@@ -150,6 +151,7 @@ class FakeHost:
         try:
             yield helper
         finally:
+            await asyncio.sleep(0.005)  # to kill a process takes a moment
             self.helpers.remove(helper)
 
     def put_in_place(self, patch: pytest.MonkeyPatch, hypervisor: FakeHypervisor, spec: VmSpec) -> None:

@@ -1,6 +1,7 @@
 """The life of a pod over a scripted guest: order of events, what clients are told, what is left when things fail."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,8 +310,8 @@ async def test_vm_that_dies_in_the_middle_of_start(tmp_path: Path) -> None:
         p.guest.answers["start"] = never
         starting = asyncio.create_task(p.sandbox.start("c1", ""))
         await until(lambda: "start" in p.guest.methods())
-        p.vm.die(1)
-        with pytest.raises(SandboxDied):
+        p.vm.die(1, "last words")
+        with pytest.raises(SandboxDied, match="fake ended with status 1; its last lines: last words"):
             await starting
         assert (await container.init.wait()).status == 137
         assert "start c1" not in p.log
@@ -373,6 +374,44 @@ async def test_create_that_the_guest_refuses_leaves_nothing(tmp_path: Path) -> N
         with pytest.raises(NotFound):
             p.sandbox.container("c1")
     fifo.close()
+
+
+@asynchronous
+async def test_exit_during_a_create_that_fails_is_not_reported(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+
+        async def exits_and_refuses(params: Json) -> None:
+            await p.guest.do_create(params)
+            await p.guest.exit(9, "c1")
+            await asyncio.sleep(0.01)
+            raise Refused(messages.RUNTIME, "it was killed")
+
+        p.guest.answers["create"] = exits_and_refuses
+        with pytest.raises(GuestError):
+            await p.create()
+        await asyncio.sleep(0.01)
+        assert p.log == [], "an exit of a task that never was"
+
+
+@asynchronous
+async def test_binds_of_the_spec(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        mounts = [
+            {"destination": "/data", "type": "bind", "source": "in-the-bundle", "options": ["rbind", "ro"]},
+            {"destination": "/host", "type": "bind", "source": "/elsewhere", "options": ["rbind", "rw"]},
+        ]
+        request = p.request("c1", mounts=mounts)
+        await p.sandbox.create_container(request)
+        assert p.host.binds == [(f"{request.bundle}/in-the-bundle", True), ("/elsewhere", False)]
+
+
+@asynchronous
+async def test_root_without_mounts_is_the_specs_own(tmp_path: Path) -> None:
+    """Docker's graph drivers mount the root themselves and send an empty list."""
+    async with pod(tmp_path) as p:
+        request = replace(p.request("c1"), rootfs=())
+        await p.sandbox.create_container(request)
+        assert p.host.binds == [(f"{request.bundle}/rootfs", False)]
 
 
 @asynchronous
@@ -455,6 +494,17 @@ async def test_second_control_connection_is_refused(tmp_path: Path) -> None:
         assert await asyncio.get_running_loop().sock_recv(intruder.socket, 1) == b""
         intruder.close()
         assert (await p.sandbox.container("c1").pids())[0].pid == p.sandbox.container("c1").anchor.pid
+
+
+@asynchronous
+async def test_connection_that_says_nothing_is_closed_with_the_vm(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        await p.running()
+        silent = p.vm.dial()
+        await asyncio.sleep(0.01)
+        await p.sandbox.stop()
+        assert await asyncio.get_running_loop().sock_recv(silent.socket, 1) == b""
+        silent.close()
 
 
 @asynchronous
@@ -793,9 +843,11 @@ async def test_vm_goes_down_with_the_last_container(tmp_path: Path) -> None:
         await p.guest.exit(0, "c1")
         await container.init.wait()
         await p.sandbox.delete_container("c1")
+        await asyncio.sleep(0.002)  # Shutdown comes while the VM is being taken down
         await p.sandbox.stop()
         await p.sandbox.stop()
         assert p.hypervisor.running == 0
+        assert not p.host.helpers
         with pytest.raises(SandboxDied, match="was stopped"):
             await p.create("c2")
 

@@ -267,9 +267,19 @@ def test_live_socket_is_found_and_left(tmp_path: Path) -> None:
             client.connect(path)
 
 
-def test_two_starts_at_the_same_time_make_one_daemon(tmp_path: Path) -> None:
-    path = str(tmp_path / "s" / "socket")
-    os.makedirs(os.path.dirname(path))
+def test_starts_at_the_same_time_make_one_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All find a leftover; each but the first must find the first one's socket instead, and not replace it."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    real = start._answers
+
+    def slow(path: str) -> bool:
+        answers = real(path)
+        time.sleep(0.01)
+        return answers
+
+    monkeypatch.setattr(start, "_answers", slow)
     results: list[socket.socket | None] = []
     threads = [threading.Thread(target=lambda: results.append(start.bind(path))) for _ in range(8)]
     for thread in threads:
