@@ -157,8 +157,12 @@ class Container:
         self.pod.events.exited(self.id, process.exec_id, process.pid or self.anchor.pid, process.exit)
 
     async def kill(self, exec_id: str, number: int, *, everything: bool) -> None:
-        """Send a signal. Raises NotFound when the process has exited, WrongState for an unstarted exec."""
+        """Send a signal. Raises NotFound when the process has exited, WrongState for an unstarted exec.
+
+        A process that is being created or started gets it afterwards: half made, it might never hear of it.
+        """
         process = self.process(exec_id)
+        await process.gate.wait()
         if process.status is Status.STOPPED:
             raise NotFound(f"process already finished: {process!r}")
         if exec_id:
