@@ -13,6 +13,7 @@ import pytest
 from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
 from tests.framework.ctr import PYMICRO, Container, Ctr
 from tests.framework.leftovers import Leftovers
+from tests.framework.pod import Pod, SharedPod
 from tests.framework.settings import dev_paths
 
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
@@ -71,9 +72,31 @@ def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Ite
             instance.stop()
 
 
+@pytest.fixture(scope="session")
+def shared_pod() -> SharedPod:
+    """Return the holder of the pod that tests share."""
+    return SharedPod()
+
+
+@pytest.fixture(scope="module")
+def pod_until_end_of_module(containerd: Containerd, shared_pod: SharedPod) -> Iterator[SharedPod]:
+    yield shared_pod
+    shared_pod.end()
+
+
 @pytest.fixture
-def ctr(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Ctr]:
+def pod(containerd: Containerd, pod_until_end_of_module: SharedPod, request: pytest.FixtureRequest) -> Iterator[Pod]:
+    """Yield a client whose containers share one VM with those of the module's other tests; for the sake of speed."""
+    request.node.stash[LOG_SECTION] = (containerd, containerd.log.stat().st_size)
+    shared = pod_until_end_of_module.take(containerd, request.config.getoption("--runtime"))
+    yield shared
+    shared.end_containers()
+
+
+@pytest.fixture
+def ctr(containerd: Containerd, shared_pod: SharedPod, request: pytest.FixtureRequest) -> Iterator[Ctr]:
     """Yield a client for one test. Afterwards everything that it started is ended, and nothing may be left of it."""
+    shared_pod.end()
     request.node.stash[LOG_SECTION] = (containerd, containerd.log.stat().st_size)
     client = Ctr(containerd, request.config.getoption("--runtime"))
     nothing = Leftovers(containerd, client.ids)

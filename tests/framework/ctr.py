@@ -45,6 +45,12 @@ class Ctr:
         self.ids.append(f"{name}-{self._prefix}-{next(self._numbers)}")
         return self.ids[-1]
 
+    def run_arguments(
+        self, command: Sequence[str], options: Sequence[str], runtime: str | None, container_id: str | None
+    ) -> list[str]:
+        """Return the arguments of `ctr` that run the command in a container of the busybox image."""
+        return ["run", "--runtime", runtime or self.runtime, *options, BUSYBOX, container_id or self.new_id(), *command]
+
     def run(
         self,
         *command: str,
@@ -58,7 +64,7 @@ class Ctr:
 
         `stdin` ends a moment after its last character: `ctr` loses an EOF that comes before the task exists.
         """
-        arguments = self._arguments(command, ["--rm", *options], runtime, container_id)
+        arguments = self.run_arguments(command, ["--rm", *options], runtime, container_id)
         return self.fed(*arguments, stdin=stdin, timeout=timeout)
 
     def start(
@@ -66,14 +72,14 @@ class Ctr:
     ) -> "Container":
         """Start a container in the background, without stdio, and return it running."""
         container_id = self.new_id(name)
-        self(*self._arguments(command, ["--detach", "--null-io", *options], runtime, container_id))
+        self(*self.run_arguments(command, ["--detach", "--null-io", *options], runtime, container_id))
         return Container(self, container_id)
 
     def popen(
         self, *command: str, options: Sequence[str] = (), runtime: str | None = None, container_id: str | None = None
     ) -> subprocess.Popen[bytes]:
         """Start `ctr run --rm` with all three streams piped; it is killed after the test if it still runs."""
-        arguments = self._arguments(command, ["--rm", *options], runtime, container_id)
+        arguments = self.run_arguments(command, ["--rm", *options], runtime, container_id)
         client = subprocess.Popen(
             self._argv(*arguments),
             env=self._environment(),
@@ -94,7 +100,7 @@ class Ctr:
         container_id: str | None = None,
     ) -> Terminal:
         """Start `ctr run --rm -t` on a terminal of our own."""
-        arguments = self._arguments(command, ["--rm", "--tty", *options], runtime, container_id)
+        arguments = self.run_arguments(command, ["--rm", "--tty", *options], runtime, container_id)
         return self.on_terminal(*arguments, rows=rows, columns=columns)
 
     def on_terminal(self, *arguments: str, rows: int = 24, columns: int = 80) -> Terminal:
@@ -119,11 +125,19 @@ class Ctr:
 
     def clean_up(self) -> None:
         """End the clients and everything in the namespace."""
+        self.end_clients()
+        self.containerd.end_containers()
+
+    def end_clients(self) -> None:
+        """End the `ctr` processes that still run."""
         for client in self._clients:
             if client.poll() is None:
                 client.kill()
-            client.communicate()
-        self.containerd.end_containers()
+            client.wait()
+            for pipe in filter(None, (client.stdin, client.stdout, client.stderr)):
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self._clients.clear()
 
     def fed(self, *arguments: str, stdin: str | None, timeout: float = TIMEOUT) -> Completed:
         """Run `ctr` with `stdin` as its input, which ends EOF_DELAY later."""
@@ -152,11 +166,6 @@ class Ctr:
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **self.containerd.client_environment}
-
-    def _arguments(
-        self, command: Sequence[str], options: Sequence[str], runtime: str | None, container_id: str | None
-    ) -> list[str]:
-        return ["run", "--runtime", runtime or self.runtime, *options, BUSYBOX, container_id or self.new_id(), *command]
 
 
 @dataclass(frozen=True, slots=True)
