@@ -107,7 +107,11 @@ func count(_ context.Context, stream ttrpc.StreamServer) (any, error) {
 	if err := stream.RecvMsg(&request); err != nil {
 		return nil, err
 	}
-	for i := int32(1); i <= max(request.Value, -request.Value); i++ {
+	last := request.Value
+	if last < 0 {
+		last = -last
+	}
+	for i := int32(1); i <= last; i++ {
 		if err := stream.SendMsg(wrapperspb.Int32(i)); err != nil {
 			return nil, err
 		}

@@ -34,6 +34,11 @@ def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
     return COMMON_ARGUMENTS.format(accel=accel)
 
 
+def _value(text: str) -> str:
+    """Return `text` as the value of an option: there a comma is written twice."""
+    return text.replace(",", ",,")
+
+
 def command(
     spec: VmSpec, *, monitor_fd: int, tsc_khz: int, memory: str | None = None, incoming: bool = False
 ) -> list[str]:
@@ -45,7 +50,7 @@ def command(
     # kvm-clock tells the time under KVM; without it a kernel that finds no clock chip waits a second for one
     rtc = "off" if spec.accel == "kvm" else "on"
     machine = f"microvm,x-option-roms=off,pit=off,pic=off,rtc={rtc},isa-serial=on,pcie=on,acpi=on,memory-backend=ram"
-    backend = f"memory-backend-file,mem-path={memory}" if memory else "memory-backend-memfd"
+    backend = f"memory-backend-file,mem-path={_value(memory)}" if memory else "memory-backend-memfd"
     ports = [f"pcie-root-port,id=port{n},chassis={n + 1},slot={n + 1},bus=pcie.0" for n in range(ROOT_PORTS)]
     return [
         spec.binary,
@@ -61,7 +66,10 @@ def command(
         *("-global", "virtio-mmio.force-legacy=false"),
         *("-chardev", f"socket,id=monitor,fd={monitor_fd}", "-mon", "chardev=monitor,mode=control"),
         *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
-        *("-blockdev", f"driver=file,node-name=image,filename={spec.image},read-only=on,auto-read-only=off"),
+        *(
+            "-blockdev",
+            f"driver=file,node-name=image,filename={_value(str(spec.image))},read-only=on,auto-read-only=off",
+        ),
         *("-device", "virtio-blk-device,drive=image"),
         *(word for port in ports for word in ("-device", port)),
         # with ACPI the machine's own default is bios-microvm.bin, which Debian 13 makes SeaBIOS: it finds no kernel
