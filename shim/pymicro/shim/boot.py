@@ -4,12 +4,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
@@ -25,6 +25,8 @@ from pymicro.shim.timeline import Timeline
 from pymicro.wire import frames, messages
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _GREETING_LIMIT = 5.0
 """Seconds in which a connection from the guest must say what it is."""
@@ -148,16 +150,39 @@ class Ascent:
             share = await stack.enter_async_context(virtiofsd.serve(self.virtiofsd, self.view, fs_socket, self.place))
             vm = await stack.enter_async_context(self.hypervisor.launch(self.spec, origin, self.place))
             note(vmm_pid=vm.pid)
-            await vm.attach(Vsock())
-            await vm.attach(Share(messages.SHARE_TAG, fs_socket))
-            await vm.resume()
-            resumed = time.monotonic_ns()
-            greeter = Greeter(vm, self.take_stream)
-            stack.push_async_callback(greeter.close)
-            control, hello = await greeter.control(self.hello_limit)
+            resumed, control, hello = await _while_running(share, self._wake(vm, fs_socket, stack))
             booted = Booted(vm, share, control, origin, resumed)
             outer.push_async_exit(stack.pop_all())
             return booted, hello
+
+    async def _wake(self, vm: Vm, fs_socket: Path, stack: AsyncExitStack) -> tuple[int, Channel, dict[str, Any]]:
+        """Give the paused VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello."""
+        await vm.attach(Vsock())
+        await vm.attach(Share(messages.SHARE_TAG, fs_socket))
+        await vm.resume()
+        resumed = time.monotonic_ns()
+        greeter = Greeter(vm, self.take_stream)
+        stack.push_async_callback(greeter.close)
+        return resumed, *await greeter.control(self.hello_limit)
+
+
+async def _while_running(share: Process, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, which needs `share`. Raises SandboxDied with the end of `share` if that is why
+    `work` fails, or would wait for ever.
+    """
+    working, ending = asyncio.ensure_future(work), asyncio.ensure_future(share.wait())
+    try:
+        await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if ending.done() or isinstance(working.exception(), SandboxDied):
+            await asyncio.wait((working, ending), timeout=_SAME_MOMENT)
+        if ending.done() and (ending.result() or not working.done()):  # it ends in peace when its VMM is gone
+            raise SandboxDied(str(VmExit(share.name, ending.result(), share.last_lines[-10:])))
+        return working.result()
+    finally:
+        ending.cancel()
+        working.cancel()
+        await asyncio.wait((working,))
+        working.cancelled() or working.exception()  # it has been looked at
 
 
 def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us 
 
 
 _POLL = 0.002
+_SAME_MOMENT = 0.2
+"""Seconds in which a process that has ended is reaped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +228,21 @@ class QemuVm:
                 f"QEMU did not answer {what} in {limit:g} s (timeouts.vmm); its last lines: {self._last_words}"
             ) from None
         except ExecuteError as error:
-            raise SandboxDied(f"QEMU refused {what}: {error}") from error
+            why = f"QEMU refused {what}: {error}"
+            raise SandboxDied(f"{dead} ({why})" if (dead := await self._dead_helper()) else why) from error
         except (QMPError, ExecInterruptedError, StateError, EOFError, OSError) as error:
             # the monitor breaks a moment before the process can be reaped; its last words say more than the broken pipe
             async with asyncio.timeout(limit):
                 exit_ = VmExit("qemu", await self._end(), self._last_words)
             raise SandboxDied(f"{exit_} (at {what})") from error
+
+    async def _dead_helper(self) -> VmExit | None:
+        """Return the end of a helper that QEMU could not reach because it is gone."""
+        for helper in self._helpers:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SAME_MOMENT):
+                    return VmExit(helper.name, await helper.wait(), helper.last_lines[-10:])
+        return None
 
     async def _end(self) -> int:
         try:
