@@ -70,6 +70,7 @@ class Containerd:
         self.settings = self.home / "config.toml"
         self.namespace = namespace
         self._child: subprocess.Popen[bytes] | None = None
+        self._extra_environment: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<Containerd {self.version} at {self.home}>"
@@ -96,8 +97,22 @@ class Containerd:
         """
         self.remove_remains()
         self._lay_out(shim or REPOSITORY / ".venv/bin" / SHIM)
-        self._spawn(environment or {})
+        self._extra_environment = environment or {}
+        self.log.write_bytes(b"")
+        self._spawn()
         self._load_image()
+
+    def crash(self) -> None:
+        """Kill the daemon as a crash would, leaving everything else as it is. `revive` starts it again."""
+        for process in self.daemons():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        if self._child:
+            self._child.wait()
+
+    def revive(self) -> None:
+        """Start the daemon again after `crash`; it finds its containers where they were. Raises ContainerdError."""
+        self._spawn()
 
     def stop(self) -> None:
         """End all tasks, the daemon and everything it started; remove its state. Harmless if it does not run."""
@@ -214,16 +229,16 @@ class Containerd:
 
     # -- the daemon ---------------------------------------------------------------------------------------------------
 
-    def _spawn(self, environment: Mapping[str, str]) -> None:
+    def _spawn(self) -> None:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CONTAINERD_")}
         daemon = {
             **inherited,
             "PATH": f"{self.bin}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin",
             "PYMICRO_CONFIG": str(self.settings),
             processes.MARK: str(self.home),
-            **environment,
+            **self._extra_environment,
         }
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self._child = subprocess.Popen(
                 [self.bin / "containerd", "--config", self.home / "containerd.toml"],
                 env=daemon,

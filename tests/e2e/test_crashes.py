@@ -1,0 +1,339 @@
+"""Whoever is killed whenever: the container is reported as killed, its waiters return, and nothing of it is left."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymicro.protos.task_pb2 import DeleteResponse
+
+from tests.framework.containerd import Containerd
+from tests.framework.ctr import PYMICRO, Ctr
+from tests.framework.leftovers import Leftovers
+from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
+
+PROMPT = 2.0
+"""Seconds in which whoever waits must hear of the end."""
+SLEEP = ("sleep", "100000")
+KILLED = 137
+
+
+@pytest.fixture(autouse=True)
+def only_our_runtime(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--runtime") != PYMICRO:
+        pytest.skip("these tests know how pymicro is built")
+
+
+def kill(sandbox: Sandbox, kind: str) -> None:
+    """Kill one of the sandbox's processes; a host that needs no vhost-device-vsock has none."""
+    if kind == "vhost-device-vsock" and sandbox.find(kind) is None and os.path.exists("/dev/vhost-vsock"):
+        pytest.skip("this host's kernel has vhost-vsock")
+    sandbox.kill(kind)
+
+
+@pytest.fixture
+def cold(ctr: Ctr) -> Iterator[None]:
+    """Have VMs boot their kernel, so that a start takes long enough to be interrupted at every stage."""
+    ctr.containerd.write_settings(vm={"start": "boot"})
+    yield
+    ctr.containerd.write_settings()
+
+
+@contextmanager
+def events(ctr: Ctr, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list that holds, after the block, what `ctr events` showed meanwhile, `topic` added to each."""
+    shown = tmp_path / "events"
+    seen: list[dict[str, Any]] = []
+    with shown.open("wb") as output:
+        watcher = subprocess.Popen(
+            [ctr.containerd.bin / "ctr", "events"],
+            env={**os.environ, **ctr.containerd.client_environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        time.sleep(0.3)  # it says nothing when it has subscribed
+        yield seen
+        time.sleep(0.3)
+    finally:
+        watcher.kill()
+        watcher.wait()
+    for line in shown.read_text().splitlines():
+        topic, _, content = line.partition(" /")[2].partition(" ")
+        seen.append({"topic": f"/{topic}", **json.loads(content)})
+
+
+def exits(seen: list[dict[str, Any]], container_id: str) -> list[tuple[str, int]]:
+    """Return process id and status of each TaskExit, in order. An init's process id is the container's id."""
+    return [
+        (event["id"], event.get("exit_status", 0))
+        for event in seen
+        if event["topic"] == "/tasks/exit" and event["container_id"] == container_id
+    ]
+
+
+def attached(ctr: Ctr, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Start a client that waits for a process; it must end by itself."""
+    return subprocess.Popen(
+        [ctr.containerd.bin / "ctr", *arguments],
+        env={**os.environ, **ctr.containerd.client_environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+# -- at rest -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_process_ends_the_container_and_all_who_wait(
+    ctr: Ctr, leftovers: Leftovers, tmp_path: Path, kind: str
+) -> None:
+    with events(ctr, tmp_path) as seen:
+        container = ctr.start(*SLEEP)
+        waiter = attached(ctr, "tasks", "exec", "--exec-id", "other", container.id, *SLEEP)
+        eventually(lambda: "other" in ctr("tasks", "ps", container.id).stdout, "the exec runs", 10)
+
+        kill(Sandbox(ctr.containerd, container.id), kind)
+
+        # with a dead shim, also with runc's, containerd forgets the task and clients hear of a broken connection
+        status, code = ("GONE", 1) if kind == SHIM else ("STOPPED", KILLED)
+        eventually(lambda: container.status == status, f"the task is {status}", PROMPT)
+        assert waiter.wait(PROMPT) == code
+        if kind != SHIM:
+            assert container.wait(PROMPT) == KILLED
+    assert [status for name, status in exits(seen, container.id) if name == container.id] == [KILLED]
+    container.remove()
+    leftovers.check()
+
+
+@pytest.mark.parametrize(("kind", "code"), [(SHIM, 1), ("qemu", KILLED), (ANCHOR, KILLED)])
+def test_ctr_run_returns_when_a_process_is_killed(ctr: Ctr, leftovers: Leftovers, kind: str, code: int) -> None:
+    container_id = ctr.new_id()
+    client = ctr.popen(*SLEEP, container_id=container_id)
+    eventually(lambda: ctr.tasks().get(container_id) == "RUNNING", "the container runs", 60)
+
+    kill(Sandbox(ctr.containerd, container_id), kind)
+
+    _, errors = client.communicate(timeout=PROMPT)
+    assert client.returncode == code
+    assert "ttrpc: closed" in errors.decode() if kind == SHIM else not errors  # what runc's clients see as well
+    leftovers.check()
+
+
+def test_a_panic_of_the_guest_ends_the_container(ctr: Ctr, leftovers: Leftovers) -> None:
+    begun = time.monotonic()
+    done = ctr.run("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000", options=["--privileged"])
+
+    assert done.returncode == KILLED
+    assert time.monotonic() - begun < 60
+    assert "qemu ended" in ctr.containerd.log_tail()
+    leftovers.check()
+
+
+def test_what_takes_all_memory_of_the_guest_is_killed_and_nothing_else(ctr: Ctr) -> None:
+    container = ctr.start(*SLEEP)
+
+    hog = container.exec("sh", "-c", "x=1234567890123456; while :; do x=$x$x; done")
+
+    assert hog.returncode in {KILLED, 2}  # a failed allocation of its own is as good
+    assert container.exec("echo", "well").stdout == "well\n"
+
+
+def test_all_processes_killed_at_once(ctr: Ctr, leftovers: Leftovers) -> None:
+    container = ctr.start(*SLEEP)
+    sandbox = Sandbox(ctr.containerd, container.id)
+
+    for pid in [pid for kind in (*HELPERS, ANCHOR, SHIM) for pid in sandbox.pids(kind)]:
+        os.kill(pid, signal.SIGKILL)
+
+    eventually(lambda: container.status == "GONE", "the task is gone", 5)
+    container.remove()
+    leftovers.check()
+    assert ctr.run("echo", "again").stdout == "again\n"
+
+
+# -- while starting ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0])
+def test_a_shim_killed_while_starting(ctr: Ctr, leftovers: Leftovers, delay: float) -> None:
+    container_id = ctr.new_id()
+    client = ctr.popen(*SLEEP, container_id=container_id)
+    pid = Sandbox(ctr.containerd, container_id).wait_for(SHIM)
+    time.sleep(delay)
+
+    os.kill(pid, signal.SIGKILL)
+
+    _, errors = client.communicate(timeout=PROMPT)
+    assert client.returncode != 0
+    assert errors or client.returncode == KILLED
+    leftovers.check()
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize(
+    ("kind", "delay"),
+    [
+        *(("qemu", delay) for delay in (0.0, 0.1, 0.5, 1.0, 1.4, 1.8)),
+        *(("virtiofsd", delay) for delay in (0.0, 0.5, 1.6)),
+        *(("vhost-device-vsock", delay) for delay in (0.0, 0.5, 1.6)),
+    ],
+)
+def test_a_vm_killed_while_starting(ctr: Ctr, leftovers: Leftovers, kind: str, delay: float) -> None:
+    if kind == "vhost-device-vsock" and os.path.exists("/dev/vhost-vsock"):
+        pytest.skip("this host's kernel has vhost-vsock")
+    container_id = ctr.new_id()
+    client = ctr.popen(*SLEEP, container_id=container_id)
+    pid = Sandbox(ctr.containerd, container_id).wait_for(kind)
+    time.sleep(delay)
+
+    os.kill(pid, signal.SIGKILL)
+
+    _, errors = client.communicate(timeout=PROMPT)
+    assert client.returncode == KILLED or f"{kind} ended with signal 9" in errors.decode()
+    leftovers.check()
+
+
+# -- containerd itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daemon(ctr: Ctr) -> Iterator[Containerd]:
+    """Yield the containerd; it runs again afterwards, whatever the test has done to it."""
+    yield ctr.containerd
+    if not ctr.containerd.responds():
+        ctr.containerd.crash()
+        ctr.containerd.revive()
+
+
+@pytest.mark.every_containerd
+def test_a_container_outlives_containerd(ctr: Ctr, daemon: Containerd, leftovers: Leftovers) -> None:
+    container = ctr.start(*SLEEP)
+    pid = container.pid
+
+    daemon.crash()
+    daemon.revive()
+
+    assert (container.status, container.pid) == ("RUNNING", pid)
+    assert container.exec("echo", "still here").stdout == "still here\n"
+    waiter = attached(ctr, "tasks", "attach", container.id)
+    time.sleep(0.3)
+    container.kill()
+    assert waiter.wait(PROMPT + 5) == KILLED
+    container.remove()
+    leftovers.check()
+
+
+def test_a_container_that_ended_while_containerd_was_away_is_cleaned_up(
+    ctr: Ctr, daemon: Containerd, leftovers: Leftovers
+) -> None:
+    container = ctr.start("sleep", "3")
+
+    daemon.crash()
+    time.sleep(3.5)
+    daemon.revive()
+
+    assert container.status == "GONE"  # containerd forgets a task without processes, also one of runc
+    container.remove()
+    leftovers.check()
+
+
+def test_a_shim_that_dies_while_containerd_is_away_is_cleaned_up_when_it_is_back(
+    ctr: Ctr, daemon: Containerd, leftovers: Leftovers
+) -> None:
+    container = ctr.start(*SLEEP)
+
+    daemon.crash()
+    Sandbox(daemon, container.id).kill(SHIM)
+    daemon.revive()
+
+    assert container.status == "GONE"
+    container.remove()
+    leftovers.check()
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize("delay", [0.0, 0.8, 1.8])
+def test_containerd_crashes_while_a_container_starts(
+    ctr: Ctr, daemon: Containerd, leftovers: Leftovers, delay: float
+) -> None:
+    container_id = ctr.new_id()
+    client = ctr.popen(*SLEEP, container_id=container_id)
+    Sandbox(daemon, container_id).wait_for(SHIM)
+    time.sleep(delay)
+
+    daemon.crash()
+    client.communicate(timeout=PROMPT + 8)
+    daemon.revive()
+
+    ctr("tasks", "rm", "--force", container_id, check=False)
+    ctr("containers", "rm", container_id, check=False)
+    leftovers.check()
+
+
+# -- `delete` ----------------------------------------------------------------------------------------------------------
+
+
+def shim_delete(containerd: Containerd, bundle: Path, container_id: str) -> DeleteResponse:
+    """Run the shim's `delete` as containerd does after a crash, and return its answer."""
+    flags = ["-namespace", containerd.namespace, "-address", containerd.address, "-id", container_id]
+    done = subprocess.run(
+        [containerd.bin / "containerd-shim-pymicro-v1", *flags, "-bundle", bundle, "delete"],
+        cwd=bundle,
+        env={**os.environ, "PYMICRO_CONFIG": str(containerd.settings)},
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    return DeleteResponse.FromString(done.stdout)
+
+
+def test_delete_frees_all_that_a_running_sandbox_has_and_may_be_repeated(
+    ctr: Ctr, leftovers: Leftovers, tmp_path: Path
+) -> None:
+    container = ctr.start(*SLEEP)
+    sandbox = Sandbox(ctr.containerd, container.id)
+    assert sandbox.find(SHIM)
+
+    answers = [shim_delete(ctr.containerd, tmp_path, container.id) for _ in range(2)]
+
+    assert [answer.exit_status for answer in answers] == [KILLED, KILLED]
+    assert time.time() - answers[1].exited_at.ToSeconds() < 10
+    assert sandbox.find(SHIM) is None
+    assert not sandbox.directory.exists()
+    container.remove()
+    leftovers.check()
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        None,
+        "",
+        '{"version": 1, "cgroups": ["/sys/fs/cgr',
+        "[]",
+        '{"shim_pid": 1, "cgroups": null, "socket": 7, "containers": "x"}',
+        '{"shim_pid": 4194304, "shim_start_time": 5, "cgroups": ["/no/such/cgroup"], "socket": "/etc/hostname"}',
+    ],
+)
+def test_delete_takes_any_state(ctr: Ctr, leftovers: Leftovers, tmp_path: Path, recorded: str | None) -> None:
+    container_id = ctr.new_id()
+    directory = Sandbox(ctr.containerd, container_id).directory
+    if recorded is not None:
+        (directory / "share/deep/er").mkdir(parents=True)
+        (directory / "state.json").write_text(recorded)
+
+    assert shim_delete(ctr.containerd, tmp_path, container_id).exit_status == KILLED
+
+    assert Path("/etc/hostname").exists()
+    leftovers.check()
