@@ -104,6 +104,7 @@ class Sandbox:
                     logger.error("sandbox %s: %s", self.identity.id, reason)
         except ShimError as error:
             reason = error
+            logger.error("sandbox %s cannot run: %s", self.identity.id, reason)  # noqa: TRY400  # the message says it all
         except asyncio.CancelledError:
             pass
         except Exception as error:
@@ -229,6 +230,8 @@ class Sandbox:
         stack.callback(process.abandon)
         streams = await self.open_stdio(process)
         stack.push_async_callback(process.close, self.streams, 0)
+        if self._death is not None:  # the place is gone, and its descriptors may be other files by now
+            await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
         root = self._mount(request, plan, os.path.join(self.identity.directory, "share", folder), stack)
         mounted = self._timeline.span("rootfs", begun)
