@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,6 +202,54 @@ def test_a_vm_killed_while_starting(ctr: Ctr, leftovers: Leftovers, kind: str, d
     _, errors = client.communicate(timeout=PROMPT)
     assert client.returncode == KILLED or f"{kind} ended with signal 9" in errors.decode()
     leftovers.check()
+
+
+# -- while a template is made ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def templates(ctr: Ctr) -> Iterator[Path]:
+    """Yield an empty directory for templates, so that the next start makes one."""
+    with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
+        ctr.containerd.write_settings(templates={"directory": directory})
+        yield Path(directory)
+        ctr.containerd.write_settings()
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.7])
+def test_a_shim_killed_while_it_makes_a_template_leaves_nothing_of_it(
+    ctr: Ctr, leftovers: Leftovers, templates: Path, delay: float
+) -> None:
+    container_id = ctr.new_id()
+    client = ctr.popen("true", container_id=container_id)
+    sandbox = Sandbox(ctr.containerd, container_id)
+    sandbox.wait_for("qemu")
+    time.sleep(delay)
+
+    sandbox.kill(SHIM)
+
+    client.communicate(timeout=PROMPT)
+    assert client.returncode != 0
+    leftovers.check()
+    assert [each for each in templates.iterdir() if each.is_dir()] == []
+    assert ctr.run("echo", "well").stdout == "well\n"
+
+
+def test_a_container_starts_although_its_template_could_not_be_made(
+    ctr: Ctr, leftovers: Leftovers, templates: Path
+) -> None:
+    container_id = ctr.new_id()
+    client = ctr.popen("echo", "well", container_id=container_id)
+    sandbox = Sandbox(ctr.containerd, container_id)
+    sandbox.wait_for("qemu")
+    time.sleep(0.5)
+
+    sandbox.kill("qemu")
+
+    output, _ = client.communicate(timeout=60)
+    assert (client.returncode, output) == (0, b"well\n")
+    leftovers.check()
+    assert [each for each in templates.iterdir() if each.is_dir()] == []
 
 
 # -- containerd itself -------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ async def boot(
     rootfs.make_share(str(share), str(view))
     hypervisor = registry.hypervisor(settings)
     store = template_store(settings)
+    note(templates=str(store.directory))
     origin = await store.origin(spec, hypervisor, place) if settings.vm.start == "snapshot" else Boot()
     begun = timeline.span("template", begun)
     ascent = Ascent(spec, hypervisor, host.find_virtiofsd(settings), view, place, take_stream, settings.timeouts.hello)

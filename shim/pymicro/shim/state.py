@@ -84,12 +84,24 @@ def free(run_directory: str, *, keep_socket: bool = False) -> None:
     cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
     if not keep_socket:
         _remove_socket(state.get("socket"))
+    for path in _half_made_templates(state):
+        shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(run_directory, ignore_errors=True)
 
 
 def _cgroups(state: "dict[str, Any]", name: str) -> list[str]:
     recorded = state.get(name)
     return [path for path in recorded if cgroup.is_ours(path)] if isinstance(recorded, list) else []
+
+
+def _half_made_templates(state: "dict[str, Any]") -> "list[str]":
+    """Return the directories in which the shim was making a template: they hold a VM's memory, on tmpfs."""
+    directory, pid = state.get("templates"), state.get("shim_pid")
+    if not isinstance(directory, str) or not os.path.isabs(directory) or not isinstance(pid, int):
+        return []
+    with suppress(OSError), os.scandir(directory) as entries:
+        return [each.path for each in entries if each.name.endswith(f".{pid}") and each.is_dir(follow_symlinks=False)]
+    return []
 
 
 def _remove_socket(path: object) -> None:
