@@ -56,6 +56,7 @@ class Sandbox:
         self._creating: set[str] = set()
         self._folders = itertools.count(1)
         self._timeline = timeline
+        self._timelines: dict[str, Timeline] = {}
         self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
         self._death: SandboxDied | None = None
         self._died = asyncio.Event()
@@ -220,7 +221,8 @@ class Sandbox:
 
     async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
-        folder = f"{next(self._folders)}-{request.id}"
+        number = next(self._folders)
+        folder = f"{number}-{request.id}"
         plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder)
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
@@ -234,7 +236,10 @@ class Sandbox:
             await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
         root = self._mount(request, plan, os.path.join(self.identity.directory, "share", folder), stack)
-        mounted = self._timeline.span("rootfs", begun)
+        timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
+        self._timelines[request.id] = timeline
+        stack.callback(self._timelines.pop, request.id)
+        mounted = timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, cgroups=groups)
         container.anchor = anchor.start(root, replace(place, cgroups=groups), container.anchor_died)
@@ -243,12 +248,12 @@ class Sandbox:
         stack.callback(self.containers.pop, request.id, None)
 
         agent = await self.agent()
-        up = self._timeline.span("wait_for_vm", mounted)
+        up = timeline.span("wait_for_vm", mounted)
         stack.push_async_callback(self._delete_in_guest, request.id)
         terminal = request.stdio.terminal
         params = {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
         container.guest_pid = (await agent.call("create", params))["pid"]
-        self._timeline.span("create", up)
+        timeline.span("create", up)
         self.events.created(request, container.anchor.pid)
         process.gate.set()
         return container
@@ -287,14 +292,14 @@ class Sandbox:
     async def start(self, container_id: str, exec_id: str) -> int:
         """Start a container's init or exec; return its pid."""
         begun = time.monotonic_ns()
-        container = self.container(container_id)
+        container, timeline = self.container(container_id), self._timelines[container_id]
         try:
             pid = await container.start(exec_id)
         except SandboxDied as error:
             raise await self._cause(error) from error
         if not exec_id:
-            self._timeline.span("start", begun)
-            self._timeline.log(container_id, sandbox=self.identity.id)
+            timeline.span("start", begun)
+            timeline.log(container_id, sandbox=self.identity.id)
         return pid
 
     async def delete_container(self, container_id: str) -> Deleted:
