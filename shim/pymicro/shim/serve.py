@@ -9,7 +9,7 @@ from asyncio.trsock import TransportSocket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pymicro.shim import logs, rootfs
+from pymicro.shim import guestspec, logs, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, load, with_annotations
 from pymicro.shim.errors import ShimError, status_code
@@ -99,6 +99,7 @@ def _sandbox(start: Start, events: Publisher, timeline: Timeline) -> Sandbox | S
         _set_up_logs(start, settings)
         bundle = Bundle.load(start.bundle)
         settings = with_annotations(settings, bundle.annotations)
+        guestspec.build(bundle.spec, start.sandbox_id)  # what no VM could run needs none to be refused
     except ShimError as error:
         _set_up_logs(start, Settings())
         return error

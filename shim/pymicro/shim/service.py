@@ -4,6 +4,7 @@ The same object serves containerd.task.v2 and v3, over ttrpc and over gRPC: it k
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -15,6 +16,8 @@ from pymicro.protos import task_pb2
 from pymicro.shim import metrics, translate
 from pymicro.shim.errors import NotFound, ShimError, Unsupported
 from pymicro.shim.sandbox import Sandbox
+
+logger = logging.getLogger(__name__)
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 
@@ -73,13 +76,21 @@ class TaskService:
         return self._sandbox_or_error
 
     async def create(self, request: task_pb2.CreateTaskRequest) -> task_pb2.CreateTaskResponse:
-        if isinstance(self._sandbox_or_error, ShimError):
-            raise self._sandbox_or_error
-        container = await self._sandbox.create_container(translate.create_request(request))
+        try:
+            if isinstance(self._sandbox_or_error, ShimError):
+                raise self._sandbox_or_error
+            container = await self._sandbox.create_container(translate.create_request(request))
+        except ShimError as error:
+            logger.error("cannot create %s: %s", request.id, error)  # noqa: TRY400  # it says all, to a client as well
+            raise
         return task_pb2.CreateTaskResponse(pid=container.anchor.pid)
 
     async def start(self, request: task_pb2.StartRequest) -> task_pb2.StartResponse:
-        return task_pb2.StartResponse(pid=await self._sandbox.start(request.id, request.exec_id))
+        try:
+            return task_pb2.StartResponse(pid=await self._sandbox.start(request.id, request.exec_id))
+        except ShimError as error:
+            logger.error("cannot start %s %s: %s", request.id, request.exec_id, error)  # noqa: TRY400  # as above
+            raise
 
     async def state(self, request: task_pb2.StateRequest) -> task_pb2.StateResponse:
         container = self._sandbox.container(request.id)
