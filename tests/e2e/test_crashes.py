@@ -21,6 +21,8 @@ from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, event
 
 PROMPT = 2.0
 """Seconds in which whoever waits must hear of the end."""
+STARTED = 0.5
+"""Seconds between a process's appearance in the guest and the client's learning of its start, amply."""
 SLEEP = ("sleep", "100000")
 KILLED = 137
 
@@ -101,6 +103,7 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(
         container = ctr.start(*SLEEP)
         waiter = attached(ctr, "tasks", "exec", "--exec-id", "other", container.id, *SLEEP)
         eventually(lambda: "other" in ctr("tasks", "ps", container.id).stdout, "the exec runs", 10)
+        time.sleep(STARTED)
 
         kill(Sandbox(ctr.containerd, container.id), kind)
 

@@ -126,7 +126,10 @@ class Sandbox:
         agent = AgentClient(booted.control, self._on_event, self.settings.timeouts.request)
         try:
             hostname = str(bundle.spec.get("hostname") or self.identity.id)[:64]
-            await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
+            try:
+                await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
+            except SandboxDied:
+                raise await self._watch(booted, agent) from None
             self._agent.set_result(agent)
             return await self._watch(booted, agent)
         finally:
