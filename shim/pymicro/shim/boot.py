@@ -111,12 +111,12 @@ async def boot(
     for directory in (share, view):
         directory.mkdir(exist_ok=True)
     rootfs.make_share(str(share), str(view))
-    hypervisor = registry.hypervisor(settings)
+    hypervisor, program = registry.hypervisor(settings), host.find_virtiofsd(settings)
     store = template_store(settings)
     note(templates=str(store.directory))
     origin = await store.origin(spec, hypervisor, place) if settings.vm.start == "snapshot" else Boot()
     begun = timeline.span("template", begun)
-    ascent = Ascent(spec, hypervisor, host.find_virtiofsd(settings), view, place, take_stream, settings.timeouts.hello)
+    ascent = Ascent(spec, hypervisor, program, view, place, take_stream, settings.timeouts.hello)
     async with AsyncExitStack() as stack:
         try:
             booted, hello = await ascent.attempt(stack, origin, note)
@@ -311,8 +311,10 @@ def _last_said(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:
-    """Return `error` with what is wrong with the kernel or image, if anything is: checked only once a boot has
+    """Return `error` with what is wrong with the kernel or image, else which they are: looked at only once a boot has
     failed.
     """
     findings = [finding for path in (spec.kernel, spec.image) if (finding := host.verify_artifact(path))]
-    return type(error)("; ".join([*findings, str(error)])) if findings else error
+    if findings:
+        return type(error)("; ".join([*findings, str(error)]))
+    return type(error)(f"{error} (kernel {spec.kernel}, image {spec.image})")
