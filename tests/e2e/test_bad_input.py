@@ -1,79 +1,197 @@
-"""Bad input gets a message that names the cause and the remedy, in ctr's output, and leaves nothing behind.
+"""Bad input gets a message that names the cause and the remedy, in ctr's output and in the log, and leaves nothing."""
 
-The settings come through `--runtime-config-path`, so one containerd serves all tests. That nothing is left is what the
-`ctr` fixture proves after each of them.
-"""
-
-import json
+import os
+import re
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.framework.ctr import PYMICRO, Completed, Ctr
-from tests.framework.settings import dev_paths, write_settings
+from tests.framework.leftovers import Leftovers
+from tests.framework.settings import write_settings
 
-Failing = Callable[..., Completed]
+SOON = 3.0
+"""Seconds in which an error must come that needs no VM; mostly the time to start Python on a busy machine."""
+
+STATUS_WORDS = (
+    "invalid argument|context deadline exceeded|not found|failed precondition|not implemented|unavailable|unknown"
+)
+"""What containerd before 2 appends to an error, by its status."""
+
+RECORDER = """#!/bin/sh
+touch {started}
+exec qemu-system-x86_64 "$@"
+"""
 
 
-@pytest.fixture(autouse=True)
-def only_our_runtime(request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("--runtime") != PYMICRO:
-        pytest.skip("these tests know pymicro's settings")
+@dataclass(frozen=True)
+class Attempts:
+    """Runs containers with settings of their own, by `ctr --runtime-config-path`, and takes note of any VM."""
+
+    ctr: Ctr
+    directory: Path
+
+    @property
+    def vm_was_started(self) -> bool:
+        return (self.directory / "started").exists()
+
+    def run(
+        self,
+        *command: str,
+        settings: Mapping[str, dict[str, object]] | None = None,
+        text: str = "",
+        options: tuple[str, ...] = (),
+    ) -> Completed:
+        """Run a container with `settings` over the defaults, or with the settings file `text`."""
+        file = self.directory / "settings.toml"
+        recorder = self.directory / "qemu"
+        recorder.write_text(RECORDER.format(started=self.directory / "started"))
+        recorder.chmod(0o755)
+        tables = dict(settings or {})
+        tables["paths"] = {"qemu": str(recorder), **tables.get("paths", {})}
+        tables["vm"] = {"start": "boot", **tables.get("vm", {})}  # a template of each test's would be of no more use
+        if text:
+            file.write_text(text)
+        else:
+            write_settings(file, **tables)
+        return self.ctr.run(*(command or ("true",)), options=["--runtime-config-path", str(file), *options])
+
+    def refused(
+        self,
+        *command: str,
+        settings: Mapping[str, dict[str, object]] | None = None,
+        text: str = "",
+        options: tuple[str, ...] = (),
+    ) -> str:
+        """Run a container that cannot be; return what ctr says, which the log must say too."""
+        done = self.run(*command, settings=settings, text=text, options=options)
+        assert (done.returncode, done.stdout) == (1, "")
+        _, _, message = done.stderr.partition("failed to create shim task: ")
+        assert message.strip(), done.stderr
+        cause = re.sub(rf": ({STATUS_WORDS})\n$", "", message).strip()
+        logged = self.ctr.containerd.log.read_text(errors="replace")[self._log_start :]
+        assert cause in logged.replace("\\", ""), f"not in the log: {cause}"
+        return message
+
+    @property
+    def _log_start(self) -> int:
+        return int((self.directory / "log_start").read_text())
 
 
 @pytest.fixture
-def run_with(ctr: Ctr, tmp_path: Path) -> Failing:
-    """Return a function that runs a container with the given tables of settings, which must fail."""
+def attempts(ctr: Ctr, tmp_path: Path, leftovers: Leftovers) -> Iterator[Attempts]:
+    """Yield a runner of containers that fail; nothing of them may be left."""
+    if ctr.runtime != PYMICRO:
+        pytest.skip("these are pymicro's messages")
+    (tmp_path / "log_start").write_text(str(len(ctr.containerd.log.read_text(errors="replace"))))
+    yield Attempts(ctr, tmp_path)
+    leftovers.check()
 
-    def run(*options: str, command: tuple[str, ...] = ("true",), **tables: dict[str, object]) -> Completed:
-        settings = tmp_path / "config.toml"
-        write_settings(settings, **tables)
-        done = ctr.run(*command, options=["--runtime-config-path", str(settings), *options])
-        assert done.returncode == 1, f"it did not fail: {done}"
-        assert done.stdout == ""
-        return done
 
-    return run
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_containerd
-def test_misspelt_setting_names_the_nearest_key(run_with: Failing) -> None:
-    message = run_with(vm={"memroy_mib": 512}).stderr
-    assert "memroy_mib" in message
-    assert "memory_mib" in message.replace("memroy_mib", "")
-    assert "config.toml" in message
+def test_a_misspelt_key_is_an_error_that_names_the_nearest(attempts: Attempts) -> None:
+    begun = time.monotonic()
+    message = attempts.refused(settings={"vm": {"memory_mb": 512}})
+
+    assert "settings.toml" in message
+    assert "memory_mb; did you mean memory_mib?" in message
+    assert time.monotonic() - begun < SOON
+    assert not attempts.vm_was_started
 
 
-def test_settings_file_that_is_not_there(ctr: Ctr) -> None:
-    done = ctr.run("true", options=["--runtime-config-path", "/nowhere/config.toml"])
+@pytest.mark.every_containerd
+def test_the_settings_that_the_runtime_options_name_are_used(attempts: Attempts) -> None:
+    done = attempts.run("grep", "MemTotal", "/proc/meminfo", settings={"vm": {"memory_mib": 448}})
+
+    assert done.returncode == 0
+    assert 400 << 10 < int(done.stdout.split()[1]) < 448 << 10
+    assert attempts.vm_was_started
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[vm\n", ["settings.toml", "not valid TOML"]),
+        ("[vms]\nmemory_mib = 512\n", ["unknown section [vms]", "did you mean [vm]?"]),
+        ("[vm]\nmemory_mib = 64\n", ["vm.memory_mib = 64", "at least 96"]),
+        ('[vm]\nmemory_mib = "512"\n', ["vm.memory_mib = '512'", "a whole number"]),
+        ('[vm]\naccel = "xen"\n', ["vm.accel = 'xen'", '"kvm"']),
+        ("[timeouts]\nhello = 0\n", ["timeouts.hello = 0", "above 0"]),
+        ('[annotations]\nallow = ["io.pymicro.memory"]\n', ["did you mean io.pymicro.memory_mib?"]),
+    ],
+)
+def test_settings_that_make_no_sense(attempts: Attempts, text: str, words: list[str]) -> None:
+    message = attempts.refused(text=text)
+
+    assert all(word in message for word in words), message
+
+
+def test_settings_that_do_not_exist(ctr: Ctr, leftovers: Leftovers) -> None:
+    done = ctr.run("true", options=["--runtime-config-path", "/no/such/settings.toml"])
+
     assert done.returncode == 1
-    assert "/nowhere/config.toml" in done.stderr
+    assert "/no/such/settings.toml" in done.stderr
+    assert "does not exist" in done.stderr
+    leftovers.check()
 
 
-@pytest.mark.parametrize(("key", "remedy"), [("kernel", "make kernel"), ("image", "make rootfs")])
-def test_missing_guest_file_says_how_to_make_it(run_with: Failing, key: str, remedy: str) -> None:
-    message = run_with(paths={key: f"/nowhere/{key}"}).stderr
-    assert f"/nowhere/{key}" in message
+def test_kvm_where_there_is_none(attempts: Attempts) -> None:
+    if {"vmx", "svm"} & set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this host may have KVM")
+
+    message = attempts.refused(settings={"vm": {"accel": "kvm"}})
+
+    assert "KVM" in message
+    assert "vmx" in message
+    assert not attempts.vm_was_started
+
+
+# -- files and programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "target"), [("kernel", "make kernel"), ("image", "make rootfs")])
+def test_a_missing_guest_file(attempts: Attempts, key: str, target: str) -> None:
+    begun = time.monotonic()
+    message = attempts.refused(settings={"paths": {key: "/no/such/file"}})
+
+    assert f"the guest {key} /no/such/file (paths.{key}) is missing" in message
+    assert target in message
+    assert time.monotonic() - begun < SOON
+    assert not attempts.vm_was_started
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("qemu", "apt install qemu-system-x86"),
+        ("virtiofsd", "paths.virtiofsd"),
+        ("vhost_device_vsock", "paths.vhost_device_vsock"),
+    ],
+)
+def test_a_missing_program(attempts: Attempts, key: str, remedy: str) -> None:
+    if key == "vhost_device_vsock" and Path("/dev/vhost-vsock").exists():
+        pytest.skip("this host needs none")
+
+    message = attempts.refused(settings={"paths": {key: "/no/such/program"}})
+
+    assert "no program /no/such/program" in message
     assert remedy in message
+    assert not attempts.vm_was_started
 
 
-def damaged_copy(tmp_path: Path, key: str, damage: Callable[[Path], None]) -> Path:
-    """Return a damaged copy of the kernel or image, its manifest beside it."""
-    original = Path(str(dev_paths()[key]))
-    directory = tmp_path / key
-    directory.mkdir()
-    copy = Path(shutil.copy(original, directory))
-    shutil.copy(original.parent / "manifest.json", directory)
-    damage(copy)
-    return copy
+def cut_to(share: float) -> Callable[[Path], None]:
+    def cut(path: Path) -> None:
+        os.truncate(path, int(path.stat().st_size * share))
 
-
-def cut_short(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(1 << 20)
+    return cut
 
 
 def lose_the_first_page(path: Path) -> None:
@@ -81,100 +199,171 @@ def lose_the_first_page(path: Path) -> None:
         file.write(bytes(4096))
 
 
-@pytest.mark.parametrize("damage", [cut_short, lose_the_first_page])
-def test_corrupt_image_is_named(run_with: Failing, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    image = damaged_copy(tmp_path, "image", damage)
-    message = run_with(paths={"image": str(image)}, vm={"start": "boot"}, timeouts={"hello": 30}).stderr
-    assert str(image) in message
-    assert "sha256" in message or "corrupt" in message
+@pytest.mark.parametrize("damage", [cut_to(0), cut_to(0.5), lose_the_first_page], ids=["empty", "half", "no-header"])
+@pytest.mark.parametrize("key", ["kernel", "image"])
+def test_a_damaged_guest_file(
+    attempts: Attempts, artefacts: dict[str, str], tmp_path: Path, key: str, damage: Callable[[Path], None]
+) -> None:
+    original = Path(artefacts[key])
+    if not original.with_name("manifest.json").exists():
+        pytest.skip("it was given without a manifest")
+    damaged = Path(shutil.copy(original, tmp_path))
+    shutil.copy(original.with_name("manifest.json"), tmp_path)
+    damage(damaged)
+
+    message = attempts.refused(settings={"paths": {key: str(damaged)}, "timeouts": {"hello": 15}})
+
+    assert f"{damaged} is corrupt" in message
+    assert "build it anew" in message
 
 
-def test_no_qemu(run_with: Failing) -> None:
-    message = run_with(paths={"qemu": "/nowhere/qemu"}).stderr
-    assert "/nowhere/qemu" in message
-    assert "paths.qemu" in message or "install" in message
+def test_a_kernel_that_is_none(attempts: Attempts, tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_text("I am no kernel\n" * 1000)
+
+    message = attempts.refused(settings={"paths": {"kernel": str(tmp_path / "vmlinux")}})
+
+    assert "qemu" in message
+    assert "vmlinux" in message
 
 
-def test_too_little_memory_names_the_least(run_with: Failing) -> None:
-    message = run_with(vm={"memory_mib": 16}).stderr
-    assert "memory_mib" in message
-    assert "96" in message
+def test_a_vsock_program_that_is_none(attempts: Attempts) -> None:
+    if Path("/dev/vhost-vsock").exists():
+        pytest.skip("this host needs none")
+
+    message = attempts.refused(settings={"paths": {"vhost_device_vsock": "/bin/false"}})
+
+    assert "vhost-device-vsock ended with status 1" in message
 
 
-def test_unusable_kvm_that_is_demanded(run_with: Failing) -> None:
-    if "vmx" in Path("/proc/cpuinfo").read_text() or "svm" in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this host may have KVM")
+def test_a_share_program_that_fails(attempts: Attempts, tmp_path: Path) -> None:
+    broken = tmp_path / "virtiofsd"
+    broken.write_text("#!/bin/sh\necho something is wrong with my sandbox >&2\nexit 3\n")
+    broken.chmod(0o755)
+
+    message = attempts.refused(settings={"paths": {"virtiofsd": str(broken)}})
+
+    assert "virtiofsd ended with status 3" in message
+    assert "something is wrong with my sandbox" in message
+
+
+# -- a guest that does not come up -------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_says_no_hello(attempts: Attempts) -> None:
     begun = time.monotonic()
-    message = run_with(vm={"accel": "kvm"}).stderr
-    assert "KVM" in message
-    assert "vm.accel" in message
-    assert time.monotonic() - begun < 15
+    message = attempts.refused(settings={"timeouts": {"hello": 0.2}})
+
+    assert "the guest said no hello in 0.2 s (timeouts.hello)" in message
+    assert "the console's last lines: " in message
+    assert time.monotonic() - begun < SOON + 2
 
 
-def test_net_host_is_refused(ctr: Ctr) -> None:
-    done = ctr.run("true", options=["--net-host"])
-    assert done.returncode == 1
-    assert "--net-host" in done.stderr
-    assert "network" in done.stderr
+def test_a_guest_that_panics(attempts: Attempts, tmp_path: Path) -> None:
+    """An image that holds nothing that could be started: the kernel says so on its console."""
+    empty = tmp_path / "image.erofs"
+    (tmp_path / "nothing").mkdir()
+    if shutil.which("mkfs.erofs") is None:
+        pytest.skip("there is no mkfs.erofs")
+    make_erofs(empty, tmp_path / "nothing")
+
+    message = attempts.refused(settings={"paths": {"image": str(empty)}})
+
+    assert "Kernel panic" in message
 
 
-@pytest.mark.parametrize("name", ["io.pymicro.memroy_mib", "io.pymicro.nonsense"])
-def test_unknown_annotation_is_refused(ctr: Ctr, name: str) -> None:
-    done = ctr.run("true", options=["--annotation", f"{name}=512"])
-    assert done.returncode == 1
-    assert name in done.stderr
-    if name == "io.pymicro.memroy_mib":
-        assert "io.pymicro.memory_mib" in done.stderr
+def make_erofs(image: Path, directory: Path) -> None:
+    subprocess.run(["mkfs.erofs", "--quiet", image, directory], check=True, capture_output=True)
 
 
-def test_annotation_that_is_not_allowed_says_what_would_allow_it(ctr: Ctr) -> None:
-    done = ctr.run("true", options=["--annotation", "io.pymicro.accel=tcg"])
-    assert done.returncode == 1
-    assert "annotations.allow" in done.stderr
+# -- what a container asks for -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        ("io.pymicro.memory=512", ["unknown annotation io.pymicro.memory", "did you mean io.pymicro.memory_mib?"]),
+        ("io.pymicro.nonsense=1", ["unknown annotation io.pymicro.nonsense", "did you mean io.pymicro."]),
+        ("io.pymicro.memory_mib=much", ["io.pymicro.memory_mib = 'much'", "a whole number"]),
+        ("io.pymicro.memory_mib=32", ["io.pymicro.memory_mib = '32'", "at least 96"]),
+        ("io.pymicro.memory_mib=99999999", ["over this host's memory"]),
+        ("io.pymicro.vcpus=4096", ["over this host's limit", "vm.max_vcpus"]),
+        ("io.pymicro.accel=tcg", ["not allowed on this host", "annotations.allow"]),
+    ],
+)
+def test_an_annotation_that_makes_no_sense(attempts: Attempts, annotation: str, words: list[str]) -> None:
+    begun = time.monotonic()
+    message = attempts.refused(options=("--annotation", annotation))
+
+    assert all(word in message for word in words), message
+    assert time.monotonic() - begun < SOON
+    assert not attempts.vm_was_started
+
+
+@pytest.mark.every_containerd
+def test_the_hosts_network(attempts: Attempts) -> None:
+    message = attempts.refused(options=("--net-host",))
+
+    assert "--net-host" in message
+    assert "use a CNI network" in message
+    assert not attempts.vm_was_started
+
+
+def test_a_bind_mount_of_what_is_not_there(attempts: Attempts) -> None:
+    message = attempts.refused(options=("--mount", "type=bind,src=/no/such/source,dst=/x,options=rbind:ro"))
+
+    assert "/no/such/source" in message
+    assert "No such file or directory" in message
+
+
+def test_a_mount_of_a_kind_that_a_vm_cannot_have(attempts: Attempts) -> None:
+    message = attempts.refused(options=("--mount", "type=ext4,src=/dev/sda1,dst=/x,options=ro"))
+
+    assert "'ext4'" in message
+    assert "bind mount" in message
+    assert not attempts.vm_was_started
 
 
 @pytest.mark.every_containerd
 @pytest.mark.parametrize(
-    ("command", "words"),
-    [("no-such-program", "executable file not found in $PATH"), ("/no/such/program", "no such file or directory")],
+    ("program", "words"),
+    [("/no/such/program", "no such file or directory"), ("no-such-program", "executable file not found in $PATH")],
 )
-def test_missing_binary_is_named_and_nothing_else_is_said(ctr: Ctr, command: str, words: str) -> None:
-    done = ctr.run(command)
+def test_a_program_that_the_image_does_not_have(attempts: Attempts, program: str, words: str) -> None:
+    message = attempts.refused(program)
+
+    assert f'exec: "{program}": {words}' in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_program_that_cannot_be_executed(attempts: Attempts) -> None:
+    assert "permission denied" in attempts.refused("/etc/passwd").lower()
+
+
+def test_a_user_that_the_image_does_not_have(ctr: Ctr, leftovers: Leftovers) -> None:
+    done = ctr.run("true", options=["--user", "nobody-knows"])
+
     assert done.returncode == 1
-    assert f'exec: "{command}": {words}' in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "nobody-knows" in done.stderr or "no users found" in done.stderr
+    leftovers.check()
 
 
-def test_bind_source_that_is_not_there(ctr: Ctr) -> None:
-    done = ctr.run("true", options=["--mount", "type=bind,src=/nowhere/data,dst=/data,options=rbind"])
-    assert done.returncode == 1
-    assert "/nowhere/data" in done.stderr
+@pytest.mark.parametrize("scheme", ["binary", "gopher"])
+def test_output_that_nobody_can_write(attempts: Attempts, scheme: str) -> None:
+    message = attempts.refused(options=("--log-uri", f"{scheme}:///no/such/logger"))
+
+    assert scheme in message
 
 
-def test_guest_that_never_says_hello_shows_its_console(run_with: Failing) -> None:
-    begun = time.monotonic()
-    message = run_with(vm={"start": "boot"}, timeouts={"hello": 0.2}).stderr
-    assert "hello" in message
-    assert "0.2 s" in message
-    assert "timeouts.hello" in message
-    assert "console" in message
-    assert time.monotonic() - begun < 20
+def test_after_all_that_a_container_runs(attempts: Attempts) -> None:
+    done = attempts.run("echo", "well")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
 
 
-def test_log_has_the_reason_too(run_with: Failing, ctr: Ctr) -> None:
-    message = run_with(paths={"kernel": "/nowhere/kernel"}).stderr
-    assert "/nowhere/kernel" in message
-    assert "/nowhere/kernel" in ctr.containerd.log.read_text(errors="replace")
+def test_an_error_is_one_line_of_the_log(attempts: Attempts) -> None:
+    attempts.refused(settings={"paths": {"kernel": "/no/such/file"}})
 
-
-def test_each_start_writes_its_phases(ctr: Ctr) -> None:
-    before = ctr.containerd.log.stat().st_size
-    ctr.run("true")
-    text = ctr.containerd.log.read_text(errors="replace")[before:]
-    lines = [line for line in text.splitlines() if '"pymicro": "start"' in line]
-    assert len(lines) == 1
-    timeline = json.loads(lines[0][lines[0].index("{") :])
-    assert timeline["container"] == ctr.ids[-1]
-    assert {"shim", "rootfs", "vmm", "guest", "create", "start"} <= set(timeline["phases_ms"])
-    assert all(milliseconds >= 0 for milliseconds in timeline["phases_ms"].values())
-    assert timeline["total_ms"] > 0
+    lines = attempts.ctr.containerd.log_tail(30).splitlines()
+    errors = [line for line in lines if "/no/such/file" in line]
+    assert errors
+    assert all("level=error runtime=pymicro msg=" in line for line in errors)
