@@ -469,3 +469,26 @@ async def test_stream_that_comes_after_stdin_was_closed(fifo: Fifo) -> None:
     stdin.connect(host, Ended())
     await until(lambda: host.fileno() < 0)
     guest.close()
+
+
+@asynchronous
+async def test_guest_that_dies_before_it_opens_its_stream(fifo: Fifo) -> None:
+    """Without this a client would wait for the end of an output that nobody ever writes to."""
+    fifo.open_reader()
+    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio.expect_no_streams()
+    assert await asyncio.wait_for(fifo.read_to_end(), 1) == b""
+    await stdio.closed(1)
+
+
+@asynchronous
+async def test_output_that_has_its_stream_when_the_guest_dies_is_delivered(fifo: Fifo) -> None:
+    fifo.open_reader()
+    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    assert stdio.stdout
+    guest, host = memory.pair()
+    stdio.stdout.start(host)
+    await guest.write(b"last words")
+    guest.close()
+    stdio.expect_no_streams()
+    assert await asyncio.wait_for(fifo.read_to_end(), 1) == b"last words"

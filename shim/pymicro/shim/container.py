@@ -141,6 +141,7 @@ class Container:
     async def lost(self) -> None:
         """The VM is gone, and every process of the container with it."""
         for process in self.processes:
+            process.guest_gone()
             await self._report_exit(process, KILLED)
 
     async def _report_exit(self, process: Process, status: int) -> None:

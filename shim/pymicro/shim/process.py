@@ -101,6 +101,11 @@ class Process:
         if self._stdio is not None:
             await self._stdio.drain(event, limit)
 
+    def guest_gone(self) -> None:
+        """The VM is gone: no stream of this process will be opened any more."""
+        if self._stdio is not None:
+            self._stdio.expect_no_streams()
+
     def forget_failure(self) -> None:
         """Forget an earlier attempt to start it that failed."""
         self.exit = None

@@ -93,6 +93,11 @@ class Output:
         else:
             self._end()
 
+    def expect_no_stream(self) -> None:
+        """No stream comes any more: without one this is the end; one that is here ends by itself."""
+        if self._task is None:
+            self._end()
+
     def _end(self) -> None:
         fds, self._fds = self._fds, ()
         for fd in fds:
@@ -344,6 +349,12 @@ class Stdio:
                 for output in (self.stdout, self.stderr):
                     if output is not None:
                         await output.closed()
+
+    def expect_no_streams(self) -> None:
+        """The guest is gone: outputs that it has not connected yet end now, so that nobody waits for them."""
+        for output in (self.stdout, self.stderr):
+            if output is not None:
+                output.expect_no_stream()
 
     def close(self) -> None:
         """Close everything. Idempotent."""
