@@ -46,6 +46,7 @@ async def test_output_arrives_byte_for_byte_and_ends(fifo: Fifo, size: int) -> N
     await output.closed()
     assert await asyncio.get_running_loop().sock_recv(guest.socket, 1) == b"", "the guest's stream stays open"
     guest.close()
+    output.close()
 
 
 @asynchronous
@@ -61,6 +62,7 @@ async def test_end_known_before_the_bytes_come(fifo: Fifo) -> None:
     await guest.write(b"lo")
     assert await fifo.read_to_end() == b"hello"
     guest.close()
+    output.close()
 
 
 @asynchronous
@@ -75,6 +77,7 @@ async def test_end_before_the_stream_is_open(fifo: Fifo) -> None:
     output.start(host)
     assert host.fileno() == -1, "a stream that comes too late is closed"
     guest.close()
+    output.close()
 
 
 @asynchronous
@@ -89,6 +92,7 @@ async def test_end_of_nothing_in_the_turn_of_the_start(fifo: Fifo) -> None:
     await asyncio.wait_for(output.closed(), 1)
     assert await fifo.read_to_end() == b""
     guest.close()
+    output.close()
 
 
 @asynchronous
@@ -101,6 +105,7 @@ async def test_guest_that_dies_without_saying_its_count(fifo: Fifo) -> None:
     await guest.write(b"last words")
     guest.close()
     assert await fifo.read_to_end() == b"last words"
+    output.close()
 
 
 @asynchronous
@@ -121,6 +126,7 @@ async def test_slow_reader_slows_the_writer_down(fifo: Fifo) -> None:
     assert received == data
     guest.close()
     await output.closed()
+    output.close()
 
 
 @asynchronous
@@ -141,6 +147,7 @@ async def test_client_that_goes_away_and_comes_back(fifo: Fifo) -> None:
     output.end_at(22)
     assert await fifo.read_to_end() == b"meanwhile after"
     guest.close()
+    output.close()
 
 
 @asynchronous
@@ -278,8 +285,36 @@ async def test_drain_returns_once_the_bytes_are_with_the_client(fifo: Fifo) -> N
     await turns()
     assert not draining.done()
     await guest.write(b"12345")
-    await asyncio.wait_for(draining, 1)
+    await asyncio.sleep(SOON)
+    assert not draining.done()  # the client has not read yet, and will not when it hears of the exit
     assert await fifo.read(5) == b"12345"
+    await asyncio.wait_for(draining, 1)
+    stdio.close()
+    await stdio.closed(1)
+    guest.close()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@asynchronous
+async def test_drain_does_not_wait_for_a_client_that_has_gone(fifo: Fifo, ended: bool) -> None:
+    fifo.open_reader()
+    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    assert stdio.stdout
+    guest, host = memory.pair()
+    stdio.stdout.start(host)
+    await guest.write(b"12345")
+    if ended:
+        stdio.stdout.end_at(5)
+        await stdio.stdout.closed()
+    draining = asyncio.create_task(stdio.drain({"stdout": 5, "stderr": 0}, 5))
+    await asyncio.sleep(SOON)
+    assert not draining.done()
+
+    fifo.close()
+
+    await asyncio.wait_for(draining, 1)
+    fifo.open_reader()
+    assert await fifo.read(5) == b"12345", "who comes back finds nothing"
     stdio.close()
     await stdio.closed(1)
     guest.close()
@@ -479,6 +514,7 @@ async def test_guest_that_dies_before_it_opens_its_stream(fifo: Fifo) -> None:
     stdio.expect_no_streams()
     assert await asyncio.wait_for(fifo.read_to_end(), 1) == b""
     await stdio.closed(1)
+    stdio.close()
 
 
 @asynchronous
@@ -492,3 +528,4 @@ async def test_output_that_has_its_stream_when_the_guest_dies_is_delivered(fifo:
     guest.close()
     stdio.expect_no_streams()
     assert await asyncio.wait_for(fifo.read_to_end(), 1) == b"last words"
+    stdio.close()

@@ -4,12 +4,15 @@ Bytes are spliced, so they never pass through Python, and nothing is buffered he
 down.
 """
 
+import array
 import asyncio
 import errno
 import fcntl
 import logging
 import os
+import select
 import stat
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
@@ -41,17 +44,26 @@ async def _ready(fd: int, *, write: bool) -> None:
         remove(fd)
 
 
+def _unread(fd: int) -> int:
+    """Return how many bytes are in a FIFO."""
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
+
+
 class Output:
     """stdout or stderr: takes the guest's stream and writes it to the client's FIFO or file."""
 
-    def __init__(self, fds: tuple[int, ...], *, spliceable: bool) -> None:
-        """`fds[0]` is written to; the others are kept open as long (the keepalive of a FIFO)."""
-        self._fds = fds
+    def __init__(self, sink: int, keepalive: int = -1, *, spliceable: bool) -> None:
+        """`sink` is written to; `keepalive` is a FIFO's other end, which also tells how much the client has left."""
+        self._sink = sink
+        self._keepalive = keepalive
         self._spliceable = spliceable
         self.relayed = 0
         self._total: int | None = None
         self._progress = asyncio.Event()
         self._ended = asyncio.Event()
+        self._closed = False
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -74,7 +86,7 @@ class Output:
         """The stream ends after `total` bytes."""
         self._total = total
         if self.relayed >= total:
-            self.close()
+            self._stop()
 
     async def reached(self, count: int) -> None:
         """Return when `count` bytes have been relayed or the stream has ended."""
@@ -82,12 +94,42 @@ class Output:
             self._progress.clear()
             await self._progress.wait()
 
+    async def taken(self) -> None:
+        """Return when the client has read what is in its FIFO, at once where nobody reads.
+
+        Clients close their FIFOs when they hear of the exit: what they have not read by then is lost.
+        """
+        while self._keepalive >= 0 and _unread(self._keepalive) and self._has_reader():
+            await asyncio.sleep(_POLL)
+
+    def _has_reader(self) -> bool:
+        """Tell whether somebody else has the FIFO open for reading: without our own end a writer gets POLLERR."""
+        try:
+            writer = os.open(f"/proc/self/fd/{self._keepalive}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            self._close_keepalive()
+            poller = select.poll()
+            poller.register(writer, 0)
+            alone = bool(poller.poll(0))
+            self._keepalive = os.open(f"/proc/self/fd/{writer}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(writer)
+        return not alone
+
     async def closed(self) -> None:
-        """Return when the stream has ended and its FIFO is closed."""
+        """Return when the stream has ended and the client sees its end."""
         await self._ended.wait()
 
     def close(self) -> None:
-        """Stop relaying and close. Idempotent."""
+        """Stop relaying and close everything. Idempotent."""
+        self._closed = True
+        self._stop()
+        if self._ended.is_set():
+            self._close_keepalive()
+
+    def _stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
         else:
@@ -99,11 +141,19 @@ class Output:
             self._end()
 
     def _end(self) -> None:
-        fds, self._fds = self._fds, ()
-        for fd in fds:
-            os.close(fd)
+        """Let the client see the end of file."""
+        if self._sink >= 0:
+            os.close(self._sink)
+            self._sink = -1
         self._ended.set()
         self._progress.set()
+        if self._closed:
+            self._close_keepalive()
+
+    def _close_keepalive(self) -> None:
+        if self._keepalive >= 0:
+            os.close(self._keepalive)
+            self._keepalive = -1
 
     async def _relay(self, channel: Channel) -> None:
         try:
@@ -117,7 +167,7 @@ class Output:
             logger.warning("an output stream broke after %d bytes: %s", self.relayed, error)
 
     async def _splice(self, channel: Channel) -> int:
-        source, sink = channel.fileno(), self._fds[0]
+        source, sink = channel.fileno(), self._sink
         while True:
             try:
                 return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
@@ -144,9 +194,9 @@ class Output:
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(self._fds[0], view) :]
+                view = view[os.write(self._sink, view) :]
             except BlockingIOError:
-                await _ready(self._fds[0], write=True)
+                await _ready(self._sink, write=True)
         return len(data)
 
 
@@ -264,14 +314,14 @@ async def open_output(path: str, timeout: float) -> Output | None:
         return _open_uri(path)
     try:
         if not stat.S_ISFIFO(os.stat(path).st_mode):
-            return Output((os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC),), spliceable=False)
+            return Output(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC), spliceable=False)
         writer = await _open_fifo_writer(path, timeout)
         keepalive = _open_keepalive(path, os.O_RDONLY, writer)
     except OSError as error:
         raise InvalidRequest(f"cannot open the output {path!r}: {error.strerror}") from error
     with suppress(OSError):  # not permitted beyond the user's pipe quota; the default size then serves
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-    return Output((writer, keepalive), spliceable=True)
+    return Output(writer, keepalive, spliceable=True)
 
 
 def _open_uri(uri: str) -> Output:
@@ -284,7 +334,7 @@ def _open_uri(uri: str) -> Output:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise InvalidRequest(f"cannot open the log file {path!r}: {error.strerror}") from error
-    return Output((fd,), spliceable=False)
+    return Output(fd, spliceable=False)
 
 
 async def _open_fifo_writer(path: str, limit: float) -> int:
@@ -334,13 +384,14 @@ class Stdio:
         return stdio
 
     async def drain(self, counts: dict[str, int], limit: float) -> None:
-        """Wait until the given number of bytes of each output has reached the client, at most `limit` seconds."""
+        """Wait until the client has read the given number of bytes of each output, at most `limit` seconds."""
         outputs = ((self.stdout, counts["stdout"]), (self.stderr, counts["stderr"]))
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
                 for output, count in outputs:
                     if output is not None:
                         await output.reached(count)
+                        await output.taken()
 
     async def closed(self, limit: float) -> None:
         """Wait until all outputs have ended, at most `limit` seconds."""
