@@ -89,9 +89,12 @@ def same_outcome(run: Callable[[int], Completed], times: int, at_once: int) -> C
 
 
 @pytest.mark.every_containerd
-def test_input_is_piped_and_ends_when_the_client_says_so(ctr: Ctr) -> None:
-    """`(echo hi; sleep 2) | ctr run ... cat`, also where the boot takes longer than the sleep."""
-    done = ctr.run("sh", "-c", "cat; echo ended", stdin="hi\n")
+@pytest.mark.parametrize("start", ["boot", "snapshot"])
+def test_input_is_piped_and_ends_when_the_client_says_so(ctr: Ctr, start: str) -> None:
+    """`(echo hi; sleep 2) | ctr run ... cat`, also where the start takes longer than the sleep."""
+    options = ["--annotation", f"io.pymicro.start={start}"]
+
+    done = ctr.run("sh", "-c", "cat; echo ended", options=options, stdin="hi\n")
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "hi\nended\n", "")
 
@@ -210,6 +213,19 @@ def test_50_execs_of_a_program_that_prints_and_exits_lose_nothing(pod: Pod) -> N
 
 def test_10_runs_in_their_own_vms_lose_nothing(ctr: Ctr) -> None:
     assert same_outcome(lambda _: ctr.run(*PRINT_64_KIB), times=10, at_once=2) == {"everything": 10}
+
+
+def test_what_was_printed_before_the_end_waits_for_a_reader_that_is_late(pod: Pod) -> None:
+    """The exit must not be reported first: `ctr` reads nothing more once it knows of it, whatever the runtime."""
+    client = Client(pod.popen("sh", "-c", "head -c 400000 /dev/zero; echo done >&2; exit 7"))
+    assert client.process.stderr
+    assert client.process.stderr.readline() == b"done\n"
+    time.sleep(1)  # less than timeouts.drain
+
+    client.receive()
+
+    assert client.process.wait(30) == 7
+    assert client.received_bytes == 400_000
 
 
 @pytest.mark.slow
