@@ -170,11 +170,22 @@ class Container:
             process.require(Status.RUNNING)
         params = {**process.guest_id, "signal": number, "all": everything}
         try:
-            await (await self.pod.agent()).call("signal", params)
+            agent = await self.pod.agent()
+            await self._signal(agent, params)
         except WrongState as error:  # it has exited, and its exit event is on the way
             raise NotFound(f"process already finished: {error}") from error
         except SandboxDied as error:  # it is dead with its VM: who kills waits for the exit, which is being reported
             logger.debug("%r: no signal %d: %s", process, number, error)
+
+    async def _signal(self, agent: AgentClient, params: dict[str, Any]) -> None:
+        """Have the guest send a signal. A guest that does not even take a SIGKILL for its container loses its VM."""
+        try:
+            await agent.call("signal", params)
+        except StepTimeout as error:
+            if params["signal"] != signal.SIGKILL or params["exec"]:
+                raise
+            logger.error("%s hangs, its VM is ended: %s", self.id, error)  # noqa: TRY400  # the message says it all
+            await agent.close()
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""

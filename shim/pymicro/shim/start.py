@@ -20,6 +20,8 @@ from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 
 SOCKET_DIRECTORY = "/run/containerd/s"
 _BACKLOG = 128
+_GUARD_GRACE = 1.0
+"""Seconds that containerd's `delete` has before the guard does its work."""
 
 
 def start(arguments: Arguments, begun_ns: int) -> None:
@@ -45,10 +47,14 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
     record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
-    state.write(directory, record)
+    state.write(directory, {**record, "start_pid": os.getpid()})
     _record_address(path)  # before there is a daemon: what can fail must not leave one behind
+    start_pid = os.getpid()
     if os.fork() == 0:
-        _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)
+        daemon = os.fork()
+        if daemon == 0:
+            _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)
+        _become_guard(directory, daemon, start_pid)
     _answer(path)
 
 
@@ -154,6 +160,27 @@ def _become_daemon(
             os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
+
+
+def _become_guard(directory: str, daemon: int, start_pid: int) -> None:
+    """Runs in the daemon's parent and never returns: free what a daemon that was killed has left.
+
+    containerd does that by `delete`, but only for a shim that it had reached, and only while it runs itself.
+    """
+    try:
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.closerange(3, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
+        _, status = os.waitpid(daemon, 0)
+        if status:
+            time.sleep(_GUARD_GRACE)
+            recorded = state.read(directory)
+            if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
+                state.free(directory)
+    finally:
+        os._exit(0)
 
 
 def _open_log() -> int:
