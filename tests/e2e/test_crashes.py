@@ -142,6 +142,26 @@ def test_a_panic_of_the_guest_ends_the_container(ctr: Ctr, leftovers: Leftovers)
     leftovers.check()
 
 
+def test_a_guest_that_hangs_can_be_killed(ctr: Ctr, leftovers: Leftovers) -> None:
+    ctr.containerd.write_settings(timeouts={"request": 6})
+    try:
+        container = ctr.start(*SLEEP)
+    finally:
+        ctr.containerd.write_settings()
+    qemu = Sandbox(ctr.containerd, container.id).find("qemu")
+    assert qemu
+    os.kill(qemu, signal.SIGSTOP)
+
+    assert container.kill("SIGTERM").returncode == 1, "nobody can tell whether it has arrived"
+    assert container.status == "RUNNING"
+    assert container.kill("SIGKILL").returncode == 0
+
+    eventually(lambda: container.status == "STOPPED", "the task is STOPPED", PROMPT)
+    assert container.wait(PROMPT) == KILLED
+    container.remove()
+    leftovers.check()
+
+
 def test_what_takes_all_memory_of_the_guest_is_killed_and_nothing_else(ctr: Ctr) -> None:
     container = ctr.start(*SLEEP)
 

@@ -720,6 +720,22 @@ async def test_delete_of_what_never_started(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_sigkill_ends_a_guest_that_does_not_answer(tmp_path: Path) -> None:
+    async with pod(tmp_path, settings=settings_with(request=0.2)) as p:
+        container = await p.running()
+
+        async def silent(_params: Json) -> None:
+            await asyncio.sleep(3600)
+
+        p.guest.answers["signal"] = silent
+        with pytest.raises(StepTimeout):
+            await container.kill("", 15, everything=False)
+        await container.kill("", 9, everything=True)
+        assert (await container.init.wait()).status == 137
+        assert p.hypervisor.running == 0
+
+
+@asynchronous
 async def test_guest_deletes_all_containers_but_the_last(tmp_path: Path) -> None:
     """The last one goes with the VM, which is quicker."""
     async with pod(tmp_path) as p:
