@@ -30,7 +30,7 @@ CALL_TIMEOUT = 30.0
 MEMORY_MIB = 256
 MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,accel=tcg,memory-backend=mem,pcie=on,acpi=on"
 KERNEL_ARGUMENTS = (
-    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pcie_ports=native "
+    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet "
     "tsc_early_khz=2600000 lpj=5000000 no_timer_check"
 )
 Message = dict[str, Any]
@@ -170,7 +170,8 @@ class Guest:
                 "--xattr",
             ]
         )
-        ports = [f"pcie-root-port,id=rp{i},chassis={i + 1},slot={i + 1},bus=pcie.0" for i in range(4)]
+        port = "pcie-root-port,id=rp{0},chassis={1},slot={1},bus=pcie.0,power_controller_present=off"
+        ports = [port.format(i, i + 1) for i in range(4)]
         init = "init=/usr/bin/python3 -- -I -S -E -B /usr/lib/pymicro/init.pyc"
         self.qemu = self._spawn(
             ["qemu-system-x86_64", "-M", MACHINE, "-cpu", "max", "-smp", "1", "-m", str(MEMORY_MIB), "-nodefaults"]

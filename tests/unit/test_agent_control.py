@@ -26,7 +26,7 @@ class Host:
         self.socket.settimeout(10)
         self._guest = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, guest.detach())
         self.control = Control(self._guest)
-        self.agent = Agent(self.control, Reaper(), None)  # type: ignore[arg-type]  # no uevents here
+        self.agent = Agent(self.control, Reaper())
         self.thread = threading.Thread(target=self.control.serve, args=(self.agent,), daemon=True)
         self.thread.start()
 

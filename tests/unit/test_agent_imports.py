@@ -13,7 +13,7 @@ EXPECTED = {
     *("pymicro.agent.concurrency", "pymicro.agent.console", "pymicro.agent.container", "pymicro.agent.control"),
     *("pymicro.agent.crun", "pymicro.agent.errors", "pymicro.agent.files", "pymicro.agent.handlers"),
     *("pymicro.agent.mounts", "pymicro.agent.network", "pymicro.agent.process", "pymicro.agent.reaper"),
-    *("pymicro.agent.streams", "pymicro.agent.syscalls", "pymicro.agent.uevents", "pymicro.agent.vsock"),
+    *("pymicro.agent.streams", "pymicro.agent.syscalls", "pymicro.agent.devices", "pymicro.agent.vsock"),
 }
 SCRIPT = """
 import sys

@@ -73,7 +73,7 @@ def test_no_option_is_asked_for_in_two_places() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["CGROUP_BPF", "SECCOMP_FILTER", "OVERLAY_FS", "EROFS_FS", "VIRTIO_FS", "VIRTIO_VSOCKETS", "HOTPLUG_PCI_PCIE",
+    ["CGROUP_BPF", "SECCOMP_FILTER", "OVERLAY_FS", "EROFS_FS", "VIRTIO_FS", "VIRTIO_VSOCKETS", "HOTPLUG_PCI_ACPI",
      "VIRTIO_MMIO_CMDLINE_DEVICES", "PVH", "KVM_GUEST", "PTP_1588_CLOCK_KVM", "NFT_COMPAT", "USER_NS"],
 )  # fmt: skip
 def test_fragments_ask_for_what_the_project_stands_on(name: str) -> None:

@@ -9,20 +9,18 @@ from pymicro.agent.concurrency import log  # noqa: E402
 from pymicro.agent.errors import summary  # noqa: E402
 from pymicro.agent.handlers import Agent  # noqa: E402
 from pymicro.agent.reaper import Reaper  # noqa: E402
-from pymicro.agent.uevents import Uevents  # noqa: E402
 
 
 def main() -> None:
     """Run the agent. It returns when the host hangs up: then PID 1 ends, the kernel panics and the VM goes down."""
     try:
         boot.prepare()
-        uevents = Uevents()
         reaper = Reaper()
         reaper.start()
         # A VM is snapshotted while it waits in here: nothing of one pod may be known before.
-        connection = control.Control(vsock.dial_when_there(uevents, lambda: boot.warm_up(reaper)))
+        connection = control.Control(vsock.dial_when_there(lambda: boot.warm_up(reaper)))
         connection.say_hello(BOOT_MS)
-        connection.serve(Agent(connection, reaper, uevents))
+        connection.serve(Agent(connection, reaper))
         log("the host hung up")
     except Exception as error:  # noqa: BLE001  # the last place that can say why
         log(f"the agent ends: {summary(error)}")

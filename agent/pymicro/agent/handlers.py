@@ -6,7 +6,7 @@ from _struct import pack
 from _thread import allocate_lock
 from fcntl import ioctl
 
-from pymicro.agent import mounts
+from pymicro.agent import devices, mounts
 from pymicro.agent.container import Container
 from pymicro.agent.errors import AlreadyExists, Invalid, NotFound, WrongState
 from pymicro.wire.messages import SHARE_TAG
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from pymicro.agent.control import Control
     from pymicro.agent.reaper import Reaper
-    from pymicro.agent.uevents import Uevents
 
     Params = dict[str, Any]
     Result = dict[str, Any]
@@ -33,10 +32,9 @@ SHARE_LIMIT = 10.0
 class Agent:
     """What the handlers share."""
 
-    def __init__(self, control: "Control", reaper: "Reaper", uevents: "Uevents") -> None:
+    def __init__(self, control: "Control", reaper: "Reaper") -> None:
         self.control = control
         self.reaper = reaper
-        self.uevents = uevents
         self.containers: dict[str, Container] = {}
         self.lock = allocate_lock()
 
@@ -48,7 +46,7 @@ class Agent:
         return container
 
 
-def setup(agent: Agent, params: "Params") -> "Result":
+def setup(_agent: Agent, params: "Params") -> "Result":
     """Make this VM unlike any other and mount the share: before anything of the pod runs."""
     add_entropy(bytes.fromhex(params["entropy"]))
     time.clock_settime_ns(time.CLOCK_REALTIME, params["time_ns"])
@@ -58,7 +56,7 @@ def setup(agent: Agent, params: "Params") -> "Result":
     while not mounts.mount_share():
         if time.monotonic() > deadline:
             raise NotFound(f"no virtio-fs device with the tag {SHARE_TAG!r} appeared in {SHARE_LIMIT:g} s")
-        agent.uevents.wait()
+        devices.look_again()
     return {}
 
 

@@ -5,13 +5,12 @@ import posix
 from _struct import pack, unpack
 from fcntl import ioctl
 
+from pymicro.agent import devices
 from pymicro.wire.messages import HOST_CID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pymicro.agent.uevents import Uevents
 
 IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
 NO_CID = 0xFFFFFFFF
@@ -45,7 +44,7 @@ def dial() -> "_socket.socket | None":
     return connection
 
 
-def dial_when_there(uevents: "Uevents", meanwhile: "Callable[[], None]") -> _socket.socket:
+def dial_when_there(meanwhile: "Callable[[], None]") -> _socket.socket:
     """Return a connection to the host as soon as the vsock device is there, however long that takes.
 
     `meanwhile` is called once if it takes any time at all.
@@ -54,9 +53,8 @@ def dial_when_there(uevents: "Uevents", meanwhile: "Callable[[], None]") -> _soc
     if connection is None:
         meanwhile()
     while connection is None:
+        devices.look_again()
         connection = dial()
-        if connection is None:
-            uevents.wait()
     return connection
 
 

@@ -15,11 +15,9 @@ TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
 # Rewriting the kernel's lock prefixes for a single CPU takes 0.14 s under TCG and gains nothing there.
 TCG_UNIPROCESSOR = "noreplace-smp"
 
-# 1. quiet pcie_ports=native: this machine's ACPI grants no control over hot plug, and without it no device is ever
-# noticed.
-# 2. reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
+# reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
 COMMON_ARGUMENTS = (
-    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pcie_ports=native"
+    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet"
     " init=/usr/bin/python3 {accel}-- -I -S /usr/lib/pymicro/init.pyc"
 )
 
@@ -51,7 +49,11 @@ def command(
     rtc = "off" if spec.accel == "kvm" else "on"
     machine = f"microvm,x-option-roms=off,pit=off,pic=off,rtc={rtc},isa-serial=on,pcie=on,acpi=on,memory-backend=ram"
     backend = f"memory-backend-file,mem-path={_value(memory)}" if memory else "memory-backend-memfd"
-    ports = [f"pcie-root-port,id=port{n},chassis={n + 1},slot={n + 1},bus=pcie.0" for n in range(ROOT_PORTS)]
+    # no power controller: the guest has no driver that would switch a port on, it scans them again
+    ports = [
+        f"pcie-root-port,id=port{n},chassis={n + 1},slot={n + 1},bus=pcie.0,power_controller_present=off"
+        for n in range(ROOT_PORTS)
+    ]
     return [
         spec.binary,
         *("-name", "pymicro,debug-threads=on"),
