@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from google.protobuf.message import Message
-from pymicro.shim import anchor, boot, cgroup, host, rootfs
+from pymicro.shim import anchor, boot, cgroup, host, ignition, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, Timeouts, Vm
 from pymicro.shim.container import Container
@@ -22,7 +22,8 @@ from pymicro.shim.hypervisor import registry, virtiofsd
 from pymicro.shim.hypervisor.base import VmSpec
 from pymicro.shim.hypervisor.fake import FakeGuest, FakeHypervisor, FakeVm
 from pymicro.shim.requests import CreateContainer, ExecProcess, Mount, StdioPaths
-from pymicro.shim.sandbox import Identity, Sandbox
+from pymicro.shim.sandbox import Sandbox
+from pymicro.shim.state import Record
 from pymicro.shim.timeline import Timeline
 
 from tests.framework.fakes import no_descriptor_leaks, until
@@ -81,13 +82,19 @@ class FakeAnchor:
 
 
 class FakeHelper:
-    """Stands for virtiofsd."""
+    """Stands for virtiofsd, as a child and as the helper that watches it."""
 
     name = "virtiofsd"
     last_lines: list[str] = []  # noqa: RUF012  # the same for all
 
-    def __init__(self) -> None:
+    def __init__(self, host: "FakeHost") -> None:
         self.exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._host = host
+        host.helpers.append(self)
+
+    def end(self) -> None:
+        if self in self._host.helpers:
+            self._host.helpers.remove(self)
 
     async def wait(self) -> int:
         return await asyncio.shield(self.exit)
@@ -144,15 +151,16 @@ class FakeHost:
         finally:
             self.namespaces -= 1
 
+    def virtiofsd(self, *_: object) -> FakeHelper:
+        return FakeHelper(self)
+
     @asynccontextmanager
-    async def virtiofsd(self, *_: object) -> AsyncIterator[FakeHelper]:
-        helper = FakeHelper()
-        self.helpers.append(helper)
+    async def watched(self, helper: FakeHelper) -> AsyncIterator[FakeHelper]:
         try:
             yield helper
         finally:
             await asyncio.sleep(0.005)  # to kill a process takes a moment
-            self.helpers.remove(helper)
+            helper.end()
 
     def put_in_place(self, patch: pytest.MonkeyPatch, hypervisor: FakeHypervisor, spec: VmSpec) -> None:
         """Replace what needs root or a VM."""
@@ -165,11 +173,12 @@ class FakeHost:
         patch.setattr(rootfs, "bind", self.bind)
         patch.setattr(rootfs, "remove_tree", self.remove_tree)
         patch.setattr(anchor, "start", self.start_anchor)
-        patch.setattr(boot, "pod_netns", self.netns)
-        patch.setattr(boot, "vm_spec", lambda *_: spec)
+        patch.setattr(ignition, "pod_netns", self.netns)
+        patch.setattr(ignition, "vm_spec", lambda *_: spec)
         patch.setattr(host, "find_virtiofsd", lambda _settings: None)
         patch.setattr(host, "verify_artifact", lambda _path: None)
-        patch.setattr(virtiofsd, "serve", self.virtiofsd)
+        patch.setattr(virtiofsd, "start", self.virtiofsd)
+        patch.setattr(boot, "watched", self.watched)
         patch.setattr(registry, "hypervisor", lambda _settings: hypervisor)
 
 
@@ -243,8 +252,10 @@ async def pod(
     with no_descriptor_leaks(), pytest.MonkeyPatch.context() as patch:
         pod.host.put_in_place(patch, pod.hypervisor, spec)
         prepare(pod)
-        identity = Identity("ns", "c1", pod.bundle("c1"), str(run), str(tmp_path / "socket"))
-        pod.sandbox = Sandbox(identity, Bundle.load(identity.bundle), settings, pod.events, Timeline(0))
+        record, timeline = Record(str(run), sandbox="c1", socket=str(tmp_path / "socket")), Timeline(0)
+        plan = ignition.make_plan(Bundle.load(pod.bundle("c1")), settings)
+        lit = ignition.ignite(plan, str(run), "c1", record.note, timeline)
+        pod.sandbox = Sandbox("c1", lit, record, pod.events, timeline)
         try:
             yield pod
         finally:

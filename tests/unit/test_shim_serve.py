@@ -15,8 +15,11 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from pymicro.protos import runtimeoptions_pb2, task_pb2, types_pb2
 from pymicro.shim import rootfs, serve, start, state
+from pymicro.shim.daemon import Start, prepare
 from pymicro.shim.hypervisor.fake import FakeGuest
 from pymicro.shim.service import SERVICES
+from pymicro.shim.state import Record
+from pymicro.shim.timeline import Timeline
 from pymicro.shim.translate import pack
 from pymicro.ttrpc import Client, StatusError
 
@@ -31,7 +34,7 @@ class Daemon:
 
     pod: Pod
     containerd: Containerd
-    begun: serve.Start
+    begun: Start
     running: asyncio.Task[None]
 
     @property
@@ -73,7 +76,7 @@ async def daemon(directory: Path, *, config: str = '[vm]\nstart = "boot"\n') -> 
     pod = Pod(directory, FakeGuest(), SETTINGS)
     path = str(directory / "shim.sock")
     options = pack(runtimeoptions_pb2.Options(config_path=str(directory / "config.toml"))).SerializeToString()
-    begun = serve.Start("ns", "c1", "unused", pod.bundle("c1"), str(run), path, options, debug=False, begun_ns=0)
+    begun = Start("ns", "c1", "unused", pod.bundle("c1"), str(run), path, options, debug=False, begun_ns=0)
     listener = start.bind(path)
     assert listener is not None
     loop = asyncio.get_running_loop()
@@ -83,7 +86,9 @@ async def daemon(directory: Path, *, config: str = '[vm]\nstart = "boot"\n') -> 
         patch.setattr(
             rootfs, "remove_tree", lambda path: shutil.rmtree(path) if path == str(run) else pod.host.remove_tree(path)
         )
-        running = asyncio.create_task(serve._serve(begun, listener))
+        timeline, record = Timeline(0), Record(str(run), sandbox="c1")
+        prepared = prepare(begun, record, timeline)
+        running = asyncio.create_task(serve.serve(begun, prepared, record, timeline, listener))
         try:
             yield Daemon(pod, containerd, begun, running)
         finally:

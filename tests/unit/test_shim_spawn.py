@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from pymicro.shim import anchor, netns
 from pymicro.shim.errors import HostMissing, InvalidRequest, ShimError
-from pymicro.shim.spawn import KEPT_LINES, LONGEST_LINE, LogTail, Place, Process, spawn
+from pymicro.shim.helper import KEPT_LINES, LONGEST_LINE, Helper, LogTail, watched
+from pymicro.shim.spawn import Place, spawn
 
 from tests.framework.fakes import asynchronous, descriptors, needs_root, no_descriptor_leaks, turns, until
 
@@ -29,8 +30,8 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def shell(script: str, place: Place) -> Process:
-    return spawn("helper", ["/bin/sh", "-c", script], place)
+def shell(script: str, place: Place) -> Helper:
+    return Helper(spawn("helper", ["/bin/sh", "-c", script], place))
 
 
 def alive(pid: int) -> bool:
@@ -132,7 +133,7 @@ async def test_place_that_cannot_be_entered(tmp_path: Path) -> None:
 async def test_only_what_is_passed_is_inherited(place: Place) -> None:
     stray, passed, *others = (fd for _ in range(2) for fd in os.pipe())
     os.set_inheritable(stray, True)  # as a library may leave it
-    process = spawn("helper", ["/bin/ls", "/proc/self/fd"], place, (passed,))
+    process = Helper(spawn("helper", ["/bin/ls", "/proc/self/fd"], place, (passed,)))
     await process.wait()
     assert {int(line) for line in process.logs[0].lines} == {0, 1, 2, passed, 3}, "3 is the listing's own"
     for fd in (stray, passed, *others):
@@ -141,15 +142,12 @@ async def test_only_what_is_passed_is_inherited(place: Place) -> None:
 
 def test_helpers_die_with_the_shim(tmp_path: Path) -> None:
     program = f"""
-        import asyncio, os, signal
+        import os, signal
         from pathlib import Path
         from pymicro.shim.spawn import Place, spawn
 
-        async def shim():
-            print(spawn("helper", ["/bin/sleep", "60"], Place(Path({str(tmp_path)!r}))).pid, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        asyncio.run(shim())
+        print(spawn("helper", ["/bin/sleep", "60"], Place(Path({str(tmp_path)!r}))).process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     """
     shim = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert shim.returncode == -signal.SIGKILL, shim.stderr
@@ -157,6 +155,24 @@ def test_helpers_die_with_the_shim(tmp_path: Path) -> None:
     while alive(int(shim.stdout)):
         assert time.monotonic() < deadline, "the helper outlives the shim"
         time.sleep(0.01)
+
+
+@asynchronous
+async def test_helper_that_nobody_watches_is_ended_too(place: Place) -> None:
+    child = spawn("helper", ["/bin/sleep", "60"], place)
+    child.end()
+    child.end()
+    assert not alive(child.process.pid)
+
+
+@asynchronous
+async def test_watched_helper_ends_with_its_watch(place: Place) -> None:
+    child = spawn("helper", ["/bin/sh", "-c", "echo early; exec sleep 60"], place)
+    async with watched(child) as helper:
+        assert await helper.logs[0].says("early"), "what it said before anybody watched"
+        child.end()  # it is not the child's any more
+        assert helper.running
+    assert not alive(child.process.pid)
 
 
 # --- network namespaces
@@ -187,7 +203,7 @@ def test_named_netns_is_taken() -> None:
 @asynchronous
 async def test_helper_runs_in_the_pods_netns(tmp_path: Path) -> None:
     with netns.pod_netns("") as fd:
-        process = spawn("helper", ["/bin/readlink", "/proc/self/ns/net"], Place(tmp_path, netns_fd=fd))
+        process = Helper(spawn("helper", ["/bin/readlink", "/proc/self/ns/net"], Place(tmp_path, netns_fd=fd)))
         await process.wait()
         assert process.logs[0].lines == [os.readlink(f"/proc/self/fd/{fd}")]
 

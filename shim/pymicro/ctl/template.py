@@ -6,11 +6,11 @@ import sys
 import time
 
 from pymicro.shim import host
-from pymicro.shim.boot import template_store
 from pymicro.shim.config import Settings, load
 from pymicro.shim.errors import ShimError
 from pymicro.shim.hypervisor import registry
 from pymicro.shim.hypervisor.base import Template, VmSpec
+from pymicro.shim.ignition import template_store
 from pymicro.shim.spawn import Place
 from pymicro.shim.templates import Store
 

@@ -1,26 +1,21 @@
-"""Bringing a pod's VM up: one path, launch paused, attach, resume, hello, on one exit stack."""
+"""The second half of a pod's start: one path, take over the paused VM, attach, resume, hello, on one exit stack."""
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from pymicro.shim import cgroup, host, rootfs
-from pymicro.shim.bundle import Bundle
+from pymicro.shim import host
 from pymicro.shim.channel.base import Channel
-from pymicro.shim.config import Settings, vm_size
 from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
-from pymicro.shim.hypervisor import registry, virtiofsd
-from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Vm, VmExit, VmSpec, Vsock
-from pymicro.shim.netns import pod_netns
-from pymicro.shim.spawn import Place, Process
-from pymicro.shim.templates import Store
+from pymicro.shim.helper import Helper, watched
+from pymicro.shim.hypervisor.base import Boot, Origin, Share, Vm, VmExit, VmSpec, Vsock
+from pymicro.shim.ignition import Ignition, Note, Started
 from pymicro.shim.timeline import Timeline
 from pymicro.wire import frames, messages
 
@@ -34,18 +29,12 @@ _SAME_MOMENT = 0.2
 """Seconds in which processes that end because of each other are reaped."""
 
 
-class Note(Protocol):
-    """Records facts in the run directory before they are true."""
-
-    def __call__(self, **facts: Any) -> None: ...  # JSON of any kind
-
-
 @dataclass(frozen=True, slots=True)
 class Booted:
     """A VM whose agent has said hello."""
 
     vm: Vm
-    share: Process
+    share: Helper
     control: Channel
     origin: Origin
     resumed_ns: int
@@ -72,102 +61,69 @@ class Booted:
         return VmExit(self.share.name, await self.share.wait(), self.share.last_lines[-10:])
 
 
-@contextmanager
-def pod_place(directory: str, sandbox_id: str, bundle: Bundle, note: Note) -> Iterator[Place]:
-    """Make the network namespace and the cgroup that the pod's helpers run in. Raises InvalidRequest, OSError.
-
-    The helpers' cgroup lies beside the container's, not in it: the container's limits are the guest's business and must
-    not starve the VMM. In Kubernetes both lie in the pod's cgroup.
-    """
-    own = cgroup.relative_path(bundle.cgroups_path, f"pymicro/{sandbox_id}")
-    groups = cgroup.directories(os.path.join(os.path.dirname(own), f"pymicro-{os.path.basename(directory)}"))
-    note(cgroups=list(groups))
-    with pod_netns(bundle.netns_path) as netns_fd:
-        try:
-            cgroup.create(groups)
-            yield Place(Path(directory), groups, netns_fd)
-        finally:
-            cgroup.kill(groups)
-            cgroup.remove(groups)
-
-
 @asynccontextmanager
 async def boot(
-    place: Place,
-    bundle: Bundle,
-    settings: Settings,
-    take_stream: Callable[[object, Channel], None],
-    note: Note,
-    timeline: Timeline,
+    ignition: Ignition, take_stream: Callable[[object, Channel], None], note: Note, timeline: Timeline
 ) -> AsyncIterator[Booted]:
-    """Start the pod's VM and wait for its agent's hello. Leaving the context ends the VM and its helpers.
+    """Bring up the VM that `ignition` has started, and wait for its agent's hello. Leaving the context ends the VM and
+    its helpers.
 
-    Raises HostMissing, InvalidSettings, SandboxDied, StepTimeout, each with the cause and what to do.
+    Raises HostMissing, SandboxDied, StepTimeout, each with the cause and what to do.
     """
     begun = time.monotonic_ns()
-    spec = vm_spec(bundle, settings)
-    note(vcpus=spec.vcpus, memory_mib=spec.memory_mib, accel=spec.accel)
-    share, view = place.directory / "share", place.directory / "view"
-    for directory in (share, view):
-        directory.mkdir(exist_ok=True)
-    rootfs.make_share(str(share), str(view))
-    hypervisor, program = registry.hypervisor(settings), host.find_virtiofsd(settings)
-    store = template_store(settings)
-    note(templates=str(store.directory))
-    origin = await store.origin(spec, hypervisor, place) if settings.vm.start == "snapshot" else Boot()
-    begun = timeline.span("template", begun)
-    ascent = Ascent(spec, hypervisor, program, view, place, take_stream, settings.timeouts.hello)
+    plan = ignition.plan
+    started = ignition.take()
+    if started is None:
+        started = ignition.start(await plan.templates.origin(plan.spec, plan.hypervisor, ignition.place))
+        begun = timeline.span("template", begun)
+    ascent = Ascent(ignition, take_stream, note)
     async with AsyncExitStack() as stack:
         try:
-            booted, hello = await ascent.attempt(stack, origin, note)
+            booted, hello = await ascent.attempt(stack, started)
         except (SandboxDied, StepTimeout) as error:
-            if isinstance(origin, Boot):
-                raise _diagnosed(error, spec) from error
-            store.discard(origin.memory.parent.name, f"a VM restored from it failed: {error}")
+            if isinstance(started.origin, Boot):
+                raise _diagnosed(error, plan.spec) from error
+            plan.templates.discard(started.origin.memory.parent.name, f"a VM restored from it failed: {error}")
             try:
-                booted, hello = await ascent.attempt(stack, Boot(), note)
+                booted, hello = await ascent.attempt(stack, ignition.start(Boot()))
             except (SandboxDied, StepTimeout) as second:
-                raise _diagnosed(second, spec) from second
+                raise _diagnosed(second, plan.spec) from second
         _record_guest(timeline, booted, begun, hello)
         yield booted
 
 
 @dataclass(frozen=True, slots=True)
 class Ascent:
-    """All that is needed to bring one pod's VM up, from whatever origin."""
+    """Bringing one pod's VM up, from whatever origin."""
 
-    spec: VmSpec
-    hypervisor: Hypervisor
-    virtiofsd: host.Virtiofsd
-    view: Path
-    place: Place
+    ignition: Ignition
     take_stream: Callable[[object, Channel], None]
-    hello_limit: float
+    note: Note
 
-    async def attempt(self, outer: AsyncExitStack, origin: Origin, note: Note) -> tuple[Booted, dict[str, Any]]:
-        """Launch, attach, resume, hear the hello. What that took is freed by `outer`, or at once if it fails."""
+    async def attempt(self, outer: AsyncExitStack, started: Started) -> tuple[Booted, dict[str, Any]]:
+        """Take over, attach, resume, hear the hello. What that took is freed by `outer`, or at once if it fails."""
         async with AsyncExitStack() as stack:
-            fs_socket = self.place.directory / "fs.sock"
-            share = await stack.enter_async_context(virtiofsd.serve(self.virtiofsd, self.view, fs_socket, self.place))
-            vm = await stack.enter_async_context(self.hypervisor.launch(self.spec, origin, self.place))
-            note(vmm_pid=vm.pid)
-            resumed, control, hello = await _while_running(share, self._wake(vm, fs_socket, stack))
-            booted = Booted(vm, share, control, origin, resumed)
+            stack.callback(started.end)
+            share = await stack.enter_async_context(watched(started.share))
+            vm = await stack.enter_async_context(self.ignition.plan.hypervisor.take_over(started.vmm))
+            self.note(vmm_pid=vm.pid)
+            resumed, control, hello = await _while_running(share, self._wake(vm, stack))
+            booted = Booted(vm, share, control, started.origin, resumed)
             outer.push_async_exit(stack.pop_all())
             return booted, hello
 
-    async def _wake(self, vm: Vm, fs_socket: Path, stack: AsyncExitStack) -> tuple[int, Channel, dict[str, Any]]:
+    async def _wake(self, vm: Vm, stack: AsyncExitStack) -> tuple[int, Channel, dict[str, Any]]:
         """Give the paused VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello."""
         await vm.attach(Vsock())
-        await vm.attach(Share(messages.SHARE_TAG, fs_socket))
+        await vm.attach(Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock"))
         await vm.resume()
         resumed = time.monotonic_ns()
         greeter = Greeter(vm, self.take_stream)
         stack.push_async_callback(greeter.close)
-        return resumed, *await greeter.control(self.hello_limit)
+        return resumed, *await greeter.control(self.ignition.plan.settings.timeouts.hello)
 
 
-async def _while_running(share: Process, work: Coroutine[Any, Any, T]) -> T:
+async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`, which needs `share`. Raises SandboxDied with the end of `share` if that is why
     `work` fails, or would wait for ever.
     """
@@ -184,25 +140,6 @@ async def _while_running(share: Process, work: Coroutine[Any, Any, T]) -> T:
         working.cancel()
         await asyncio.wait((working,))
         working.cancelled() or working.exception()  # it has been looked at
-
-
-def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
-    """Return the VM that this pod wants of this host. Raises HostMissing, InvalidSettings."""
-    size = vm_size(settings, bundle.resources, bundle.annotations)
-    kernel, image = host.guest_files(settings)
-    return VmSpec(
-        binary=host.find_qemu(settings),
-        kernel=kernel,
-        image=image,
-        vcpus=size.vcpus,
-        memory_mib=size.memory_mib,
-        accel=host.choose_accel(settings.vm.accel),
-    )
-
-
-def template_store(settings: Settings) -> Store:
-    """Return this host's templates."""
-    return Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
 
 
 class Greeter:

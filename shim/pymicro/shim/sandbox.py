@@ -6,21 +6,21 @@ import logging
 import os
 import time
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import replace
 from typing import Any
 
-from pymicro.shim import anchor, cgroup, guestspec, rootfs, state
+from pymicro.shim import anchor, cgroup, guestspec, rootfs
 from pymicro.shim.agent import AgentClient
-from pymicro.shim.boot import Booted, boot, pod_place, setup_message
+from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
-from pymicro.shim.config import Settings
 from pymicro.shim.container import Container
 from pymicro.shim.errors import AlreadyExists, GuestError, NotFound, SandboxDied, ShimError, StepTimeout
 from pymicro.shim.events import Publisher
+from pymicro.shim.ignition import Ignition
 from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted
-from pymicro.shim.spawn import Place
+from pymicro.shim.state import Record
 from pymicro.shim.streams import Streams
 from pymicro.shim.timeline import Timeline
 
@@ -30,25 +30,15 @@ _AUTOPSY = 1.0
 """Seconds that an error waits for the cause of the VM's death."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which sandbox this is. `directory` is its run directory, `socket` the path that the shim listens at."""
-
-    namespace: str
-    id: str
-    bundle: str
-    directory: str
-    socket: str
-
-
 class Sandbox:
-    """One pod. Booting begins at once, while containerd still prepares its Create request."""
+    """One pod. Its VM is on its way already, while containerd still prepares its Create request."""
 
     def __init__(
-        self, identity: Identity, bundle: Bundle, settings: Settings, events: Publisher, timeline: Timeline
+        self, sandbox_id: str, ignition: Ignition, record: Record, events: Publisher, timeline: Timeline
     ) -> None:
-        self.identity = identity
-        self.settings = settings
+        """Bring up the VM that `ignition` has started; the place and the record are this sandbox's from now on."""
+        self.id = sandbox_id
+        self.settings = settings = ignition.plan.settings
         self.events = events
         self.streams = Streams()
         self.drain_limit = settings.timeouts.drain
@@ -61,14 +51,16 @@ class Sandbox:
         self._death: SandboxDied | None = None
         self._died = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
-        self._record: dict[str, Any] = {"created_at": time.time()}
+        self._record = record
         self._ending = False
-        self._place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        self._life = asyncio.create_task(self._live(bundle), name="sandbox")
+        self._place = ignition.place
+        self._life = asyncio.create_task(self._live(ignition), name="sandbox")
+        # not only in the task: one that is cancelled before its first step frees nothing
+        self._life.add_done_callback(lambda _: ignition.close())
 
     def __repr__(self) -> str:
         condition = "dead" if self._death else "up" if self._agent.done() else "booting"
-        return f"<Sandbox {self.identity.id} {condition} containers={list(self.containers)}>"
+        return f"<Sandbox {self.id} {condition} containers={list(self.containers)}>"
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` beside everything else; a failure is logged."""
@@ -94,30 +86,28 @@ class Sandbox:
 
     # --- the VM's life
 
-    async def _live(self, bundle: Bundle) -> None:
+    async def _live(self, ignition: Ignition) -> None:
         """Boot, watch, and take the VM down; in every case nobody waits for it afterwards."""
-        reason: ShimError = SandboxDied(f"sandbox {self.identity.id!r} was stopped")
+        reason: ShimError = SandboxDied(f"sandbox {self.id!r} was stopped")
         try:
-            with pod_place(self.identity.directory, self.identity.id, bundle, self._note) as place:
-                self._place.set_result(place)
-                async with boot(place, bundle, self.settings, self.streams.claim, self._note, self._timeline) as booted:
-                    reason = await self._run(booted, bundle)
-                    logger.error("sandbox %s: %s", self.identity.id, reason)
+            with closing(ignition):
+                async with boot(ignition, self.streams.claim, self._note, self._timeline) as booted:
+                    reason = await self._run(booted, ignition.plan.bundle)
+                    logger.error("sandbox %s: %s", self.id, reason)
         except ShimError as error:
             reason = error
-            logger.error("sandbox %s cannot run: %s", self.identity.id, reason)  # noqa: TRY400  # the message says it all
+            logger.error("sandbox %s cannot run: %s", self.id, reason)  # noqa: TRY400  # the message says it all
         except asyncio.CancelledError:
             pass
         except Exception as error:
-            logger.exception("sandbox %s failed", self.identity.id)
+            logger.exception("sandbox %s failed", self.id)
             reason = ShimError(f"{type(error).__name__}: {error}")
         finally:
             self._death = reason if isinstance(reason, SandboxDied) else SandboxDied(str(reason))
             self._died.set()
-            for future in (self._place, self._agent):
-                if not future.done():
-                    future.set_exception(reason)
-                    future.exception()  # it may be that nobody asks
+            if not self._agent.done():
+                self._agent.set_exception(reason)
+                self._agent.exception()  # it may be that nobody asks
         for container in list(self.containers.values()):
             await container.lost()
 
@@ -125,7 +115,7 @@ class Sandbox:
         """Take the VM into use; return why it is dead."""
         agent = AgentClient(booted.control, self._on_event, self.settings.timeouts.request)
         try:
-            hostname = str(bundle.spec.get("hostname") or self.identity.id)[:64]
+            hostname = str(bundle.spec.get("hostname") or self.id)[:64]
             try:
                 await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
             except SandboxDied:
@@ -151,21 +141,7 @@ class Sandbox:
 
     def _note(self, **facts: Any) -> None:
         """Record facts in the run directory, before they are true."""
-        self._record.update(facts)
-        identity = self.identity
-        state.write(
-            identity.directory,
-            {
-                "namespace": identity.namespace,
-                "sandbox": identity.id,
-                "bundle": identity.bundle,
-                "socket": identity.socket,
-                "shim_pid": os.getpid(),
-                "shim_start_time": state.start_time(os.getpid()),
-                **self._record,
-                "containers": sorted({*self.containers, *self._creating}),
-            },
-        )
+        self._record.note(**facts, containers=sorted({*self.containers, *self._creating}))
 
     def _on_event(self, event: dict[str, Any]) -> None:
         container = self.containers.get(event["container"])
@@ -192,7 +168,7 @@ class Sandbox:
         try:
             return self.containers[container_id]
         except KeyError:
-            raise NotFound(f"no container {container_id!r} in sandbox {self.identity.id!r}") from None
+            raise NotFound(f"no container {container_id!r} in sandbox {self.id!r}") from None
 
     async def create_container(self, request: CreateContainer) -> Container:
         """Create a container up to the point where its process waits to be started; on failure nothing of it is
@@ -229,7 +205,6 @@ class Sandbox:
         plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder)
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
-        place = await asyncio.shield(self._place)
         process = Process(request.id, "", request.stdio)
         process.gate.clear()
         stack.callback(process.abandon)
@@ -238,14 +213,14 @@ class Sandbox:
         if self._death is not None:  # the place is gone, and its descriptors may be other files by now
             await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
-        root = self._mount(request, plan, os.path.join(self.identity.directory, "share", folder), stack)
+        root = self._mount(request, plan, str(self._place.directory / "share" / folder), stack)
         timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
         self._timelines[request.id] = timeline
         stack.callback(self._timelines.pop, request.id)
         mounted = timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, cgroups=groups)
-        container.anchor = anchor.start(root, replace(place, cgroups=groups), container.anchor_died)
+        container.anchor = anchor.start(root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         self.containers[request.id] = container
         stack.callback(self.containers.pop, request.id, None)
@@ -269,7 +244,7 @@ class Sandbox:
 
     def _make_cgroup(self, container_id: str, bundle: Bundle, stack: AsyncExitStack) -> tuple[str, ...]:
         groups = cgroup.directories(cgroup.relative_path(bundle.cgroups_path, f"pymicro/{container_id}"))
-        self._note(container_cgroups=sorted({*self._record.get("container_cgroups", ()), *groups}))
+        self._note(container_cgroups=sorted({*self._record.facts.get("container_cgroups", ()), *groups}))
         stack.callback(cgroup.remove, groups)
         cgroup.create(groups)
         cgroup.write_limits(groups, bundle.resources)
@@ -304,7 +279,7 @@ class Sandbox:
             raise await self._cause(error) from error
         if not exec_id:
             timeline.span("start", begun)
-            timeline.log(container_id, sandbox=self.identity.id)
+            timeline.log(container_id, sandbox=self.id)
         return pid
 
     async def delete_container(self, container_id: str) -> Deleted:

@@ -1,29 +1,18 @@
 """Starting the pod's host processes: the one place that forks a helper program.
 
-Each helper joins the pod's cgroups and network namespace before it runs its first instruction, dies with the shim
-(PDEATHSIG), and has its output read into a bounded buffer, so that a chatty guest cannot fill the host's memory or
-disk.
+Each helper joins the pod's cgroups and network namespace before it runs its first instruction and dies with the shim
+(PDEATHSIG). No event loop is needed here: a VM's processes are started while asyncio is still to be imported.
 """
 
-import asyncio
-import logging
 import os
 import signal
 import subprocess
-from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pymicro.shim import cgroup, syscalls
 from pymicro.shim.errors import HostMissing
-
-logger = logging.getLogger(__name__)
-
-KEPT_LINES = 80
-LONGEST_LINE = 500
-_READ_SIZE = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,122 +26,33 @@ class Place:
     netns_fd: int | None = None
 
 
-class LogTail:
-    """Reads a pipe as lines and keeps the last KEPT_LINES of them, each cut at LONGEST_LINE characters."""
+class Child:
+    """A helper that has been started; `helper.Helper` watches it. `outputs` are the read ends of stdout and stderr."""
 
-    def __init__(self, name: str, fd: int) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], outputs: tuple[int, ...]) -> None:
         self.name = name
-        self._fd = fd
-        self._partial = b""
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._news = asyncio.Event()
-        os.set_blocking(fd, False)
-        asyncio.get_running_loop().add_reader(fd, self._read)
-
-    @property
-    def lines(self) -> list[str]:
-        """The last lines, oldest first, the unfinished one included."""
-        return [*self._lines, *([_readable(self._partial)] if self._partial.strip() else [])]
-
-    def _read(self) -> None:
-        try:
-            data = os.read(self._fd, _READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-        else:
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
-        *whole, self._partial = (self._partial + data).split(b"\n")
-        self._partial = self._partial[-LONGEST_LINE:]
-        for line in whole:
-            if text := _readable(line):
-                self._lines.append(text)
-                self._news.set()
-                logger.debug("%s: %s", self.name, text)
-
-    async def says(self, text: str) -> bool:
-        """Wait until a line has `text` in it; False when the output ends without."""
-        while not any(text in line for line in self._lines):
-            if self._fd < 0:
-                return False
-            self._news.clear()
-            await self._news.wait()
-        return True
-
-    def close(self) -> None:
-        """Read what is still buffered and let the pipe go. Idempotent."""
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        asyncio.get_running_loop().remove_reader(fd)
-        with suppress(OSError):
-            while data := os.read(fd, _READ_SIZE):
-                self._take(data)
-        os.close(fd)
-        self._news.set()
-
-
-def _readable(line: bytes) -> str:
-    return "".join(c if c.isprintable() else " " for c in line[:LONGEST_LINE].decode(errors="replace")).strip()
-
-
-class Process:
-    """A running helper. `wait()` may be called by any number of tasks, also after the end."""
-
-    def __init__(self, name: str, process: subprocess.Popen[bytes], logs: Sequence[LogTail]) -> None:
-        self.name = name
-        self.pid = process.pid
-        self.logs = logs
-        self._process = process
-        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pidfd = os.pidfd_open(process.pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+        self.process = process
+        self._outputs = outputs
 
     def __repr__(self) -> str:
-        state = self._exit.result() if self._exit.done() else "running"
-        return f"<Process {self.name} pid={self.pid} {state}>"
+        return f"<Child {self.name} pid={self.process.pid}>"
 
-    def _reap(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        status = self._process.wait()
-        for log in self.logs:
-            log.close()
-        if not self._exit.done():
-            self._exit.set_result(status)
+    def take_outputs(self) -> tuple[int, ...]:
+        """Return the read ends of stdout and stderr, which are the caller's from now on."""
+        taken, self._outputs = self._outputs, ()
+        return taken
 
-    @property
-    def running(self) -> bool:
-        return not self._exit.done()
-
-    @property
-    def last_lines(self) -> list[str]:
-        """The last lines of all its outputs."""
-        return [line for log in self.logs for line in log.lines]
-
-    async def wait(self) -> int:
-        """Return the exit status, negative for a signal."""
-        return await asyncio.shield(self._exit)
-
-    def send_signal(self, number: int) -> None:
-        """Signal it if it still runs."""
-        if self.running:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    async def kill(self) -> None:
-        """End it for certain and reap it."""
-        self.send_signal(signal.SIGKILL)
-        await self.wait()
+    def end(self) -> None:
+        """Kill and reap it, unless somebody watches it. Idempotent."""
+        if outputs := self.take_outputs():
+            self.process.kill()
+            self.process.wait()
+            for fd in outputs:
+                os.close(fd)
 
 
-def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] = ()) -> Process:
-    """Start `argv` in `place`, its stdout and stderr each read into a LogTail. Raises HostMissing.
+def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] = ()) -> Child:
+    """Start `argv` in `place`, its stdout and stderr in a pipe each. Raises HostMissing.
 
     The child joins cgroups and namespace between fork and exec: there is no moment at which it runs elsewhere.
     """
@@ -188,4 +88,4 @@ def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] 
     finally:
         os.close(out_write)
         os.close(err_write)
-    return Process(name, process, [LogTail(name, out_read), LogTail(name, err_read)])
+    return Child(name, process, (out_read, err_read))

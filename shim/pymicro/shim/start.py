@@ -136,9 +136,9 @@ def _become_daemon(
         os.close(null)
         _adjust_oom_score()
 
-        from pymicro.shim.serve import Start, serve
+        from pymicro.shim.daemon import Start, run
 
-        serve(
+        run(
             Start(
                 namespace=arguments.namespace,
                 sandbox_id=sandbox_id,

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import stat
+import time
 from contextlib import suppress
 
 from pymicro.shim import cgroup
@@ -38,6 +39,21 @@ def write(run_directory: str, state: "dict[str, Any]") -> None:
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({"version": VERSION, **state}, file)
     os.replace(temporary, os.path.join(run_directory, STATE_FILE))
+
+
+class Record:
+    """What the shim of this process has taken, written to the run directory before it is taken."""
+
+    def __init__(self, run_directory: str, **facts: "Any") -> None:
+        """`facts` are JSON of any kind."""
+        self.directory = run_directory
+        own = {"shim_pid": os.getpid(), "shim_start_time": start_time(os.getpid())}
+        self.facts = {**facts, **own, "created_at": time.time()}
+
+    def note(self, **facts: "Any") -> None:
+        """Record further facts. Raises OSError."""
+        self.facts.update(facts)
+        write(self.directory, self.facts)
 
 
 def read(run_directory: str) -> "dict[str, Any]":

@@ -137,7 +137,7 @@ class Store:
             memory, state = scratch / MEMORY, scratch / STATE
             with open(memory, "xb") as file:
                 os.truncate(file.fileno(), spec.memory_mib << 20)
-            async with hypervisor.launch(spec, Boot(memory), place) as vm:
+            async with hypervisor.take_over(hypervisor.spawn(spec, Boot(memory), place, ())) as vm:
                 await vm.resume()
                 await self._ready(vm.console_says(messages.READY))
                 await vm.save(state)

@@ -1,15 +1,17 @@
 """Hybrid vsock: a guest's connection to (CID 2, PORT) arrives at the unix socket `<uds>_PORT`.
 
-The convention is Firecracker's and is shared by cloud-hypervisor and vhost-device-vsock.
+The convention is Firecracker's and is shared by cloud-hypervisor and vhost-device-vsock. A listener is opened while
+asyncio is still to be imported.
 """
 
-import asyncio
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pymicro.shim.channel.base import Channel
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.shim.channel.base import Channel
 
 
 class HybridListener:
@@ -25,8 +27,12 @@ class HybridListener:
     def __repr__(self) -> str:
         return f"<HybridListener {self.path}>"
 
-    async def accept(self) -> Channel:
+    async def accept(self) -> "Channel":
         """Return the next connection of the guest."""
+        import asyncio
+
+        from pymicro.shim.channel.base import Channel
+
         connected, _ = await asyncio.get_running_loop().sock_accept(self._socket)
         return Channel(connected)
 

@@ -1,4 +1,4 @@
-"""The interface that every VMM backend implements: launch paused, attach the pod's devices, resume.
+"""The interface that every VMM backend implements: spawn, take over paused, attach the pod's devices, resume.
 
 A VmSpec holds only what every pod of that size shares. Whatever belongs to one pod (its share, vsock, NICs, disks) is
 attached to the paused VM, so that a VM booted from the kernel and one restored from a template differ in one argument.
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from pymicro.shim.channel.base import Channel
 from pymicro.shim.spawn import Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.shim.channel.base import Channel
 
 Accel = Literal["kvm", "tcg"]
 
@@ -87,14 +90,14 @@ class Vm(Protocol):
     async def resume(self) -> None:
         """Let the guest run. Raises SandboxDied."""
 
-    async def accept(self) -> Channel:
+    async def accept(self) -> "Channel":
         """Wait for the next connection that the guest opens to its host port. Raises SandboxDied."""
 
     async def console_says(self, text: str) -> None:
         """Wait until the guest's console has shown `text`. Raises SandboxDied."""
 
     async def save(self, state: Path) -> None:
-        """Stop the VM, launched with Boot(memory), and write its state; the two files then make a Template.
+        """Stop the VM, spawned with Boot(memory), and write its state; the two files then make a Template.
 
         Raises SandboxDied, StepTimeout.
         """
@@ -106,14 +109,21 @@ class Vm(Protocol):
         """Return the last lines that the guest wrote to its console."""
 
 
+class Spawned(Protocol):
+    """A VMM that has been started and that nobody drives yet."""
+
+    def end(self) -> None:
+        """End it, unless somebody has taken it over, and free what it took. Idempotent."""
+
+
 class Hypervisor(Protocol):
-    """A VMM backend."""
+    """A VMM backend. A VM comes up in two steps, so that its processes start while asyncio is still to be imported."""
 
     def identity(self, spec: VmSpec) -> str:
         """Return what a template for `spec` depends on beside the kernel and image: the VMM and its arguments."""
 
-    def launch(self, spec: VmSpec, origin: Origin, place: Place) -> AbstractAsyncContextManager[Vm]:
-        """Start a VMM with `spec`, paused. Leaving the context ends it and frees what it took.
+    def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> Spawned:
+        """Start a VMM with `spec`, paused, that will be given `devices`; wait for nothing. Raises HostMissing."""
 
-        Raises HostMissing, SandboxDied, StepTimeout.
-        """
+    def take_over(self, spawned: Any) -> AbstractAsyncContextManager[Vm]:  # what this backend's spawn() returned
+        """Yield the VM, paused. Leaving the context ends it and frees what it took. Raises SandboxDied, StepTimeout."""

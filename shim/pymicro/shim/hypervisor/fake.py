@@ -280,8 +280,8 @@ class FakeVm:
 class FakeHypervisor:
     """Implements hypervisor.base.Hypervisor.
 
-    `origins` are those of the VMs that it was asked for, `vms` those that it has launched, `running` how many have not
-    ended. `spoil(origin)` may raise in place of launching.
+    `origins` are those of the VMs that it was asked for, `vms` those that were taken over, `running` how many have not
+    ended. `spoil(origin)` may raise in place of that.
     """
 
     def __init__(self, guest: FakeGuest | None = None) -> None:
@@ -295,17 +295,37 @@ class FakeHypervisor:
         """Return what tells VMs of different shapes apart."""
         return repr(spec)
 
-    @asynccontextmanager
-    async def launch(self, spec: VmSpec, origin: Origin, place: Place) -> AsyncIterator[FakeVm]:
-        """Yield a VM whose guest is the script."""
-        del spec, place
+    def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> "SpawnedFake":
+        """Take note of what is wanted."""
+        del spec, place, devices
         self.origins.append(origin)
-        self.spoil(origin)
-        vm = FakeVm(self.guest)
-        self.vms.append(vm)
         self.running += 1
+        return SpawnedFake(self, origin)
+
+    @asynccontextmanager
+    async def take_over(self, spawned: "SpawnedFake") -> AsyncIterator[FakeVm]:
+        """Yield a VM whose guest is the script; or raise what `spoil` raises."""
         try:
-            yield vm
+            self.spoil(spawned.origin)
+            vm = FakeVm(self.guest)
+            self.vms.append(vm)
+            try:
+                yield vm
+            finally:
+                vm.close()
         finally:
-            self.running -= 1
-            vm.close()
+            spawned.end()
+
+
+class SpawnedFake:
+    """A VMM that has been started; it counts as running until it is ended."""
+
+    def __init__(self, hypervisor: FakeHypervisor, origin: Origin) -> None:
+        self.origin = origin
+        self._hypervisor: FakeHypervisor | None = hypervisor
+
+    def end(self) -> None:
+        """End it. Idempotent."""
+        if self._hypervisor:
+            self._hypervisor.running -= 1
+            self._hypervisor = None

@@ -5,12 +5,10 @@ The listening socket is bound here and passed on, so a VMM that connects can nev
 """
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from pymicro.shim.host import Virtiofsd
-from pymicro.shim.spawn import Place, Process, spawn
+from pymicro.shim.spawn import Child, Place, spawn
 
 
 def command(program: Virtiofsd, directory: Path, listener_fd: int) -> list[str]:
@@ -34,15 +32,10 @@ def command(program: Virtiofsd, directory: Path, listener_fd: int) -> list[str]:
     return [*program.command, f"--fd={listener_fd}", "-f", "-o", options]
 
 
-@asynccontextmanager
-async def serve(program: Virtiofsd, directory: Path, socket_path: Path, place: Place) -> AsyncIterator[Process]:
-    """Run virtiofsd for `directory`, listening at `socket_path`. Raises HostMissing when it cannot be started."""
+def start(program: Virtiofsd, directory: Path, socket_path: Path, place: Place) -> Child:
+    """Start virtiofsd for `directory`, listening at `socket_path`. Raises HostMissing when it cannot be started."""
+    socket_path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(socket_path))
         listener.listen(1)
-        process = spawn("virtiofsd", command(program, directory, listener.fileno()), place, (listener.fileno(),))
-    try:
-        yield process
-    finally:
-        await process.kill()
-        socket_path.unlink(missing_ok=True)
+        return spawn("virtiofsd", command(program, directory, listener.fileno()), place, (listener.fileno(),))

@@ -1,14 +1,49 @@
-"""A template's RAM: only the pages that the guest has touched are there, and only those are copied."""
+"""A VM's RAM as a file: its own, the one of a template that is being made, or a clone of a template's.
+
+Of a template's RAM only the pages that its guest has touched are there, and only those are copied.
+"""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
+
+from pymicro.shim.hypervisor.base import Origin, Template, VmSpec
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""A backend that cuts the file off under QEMU would end it by SIGBUS."""
+
+
+class Ram:
+    """The file that backs a VM's memory; `path` is None where QEMU makes it itself."""
+
+    def __init__(self, spec: VmSpec, origin: Origin, *, copied: bool) -> None:
+        """A template's RAM is copied for those who must share it, else mapped copy-on-write by QEMU."""
+        self.fds: list[int] = []
+        self.path = str(origin.memory) if origin.memory else None
+        self._template = origin.memory if isinstance(origin, Template) and copied else None
+        if self._template:
+            fd = os.memfd_create("pymicro-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.fds.append(fd)
+            self.path = f"/proc/self/fd/{fd}"
+            os.truncate(fd, spec.memory_mib << 20)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+    def close(self) -> None:
+        """Let the file go; QEMU keeps what it has mapped."""
+        for fd in self.fds:
+            os.close(fd)
+
+    def fill(self) -> None:
+        """Copy the template's pages. QEMU may have mapped the file, but must not run the VM yet. Raises OSError."""
+        if self._template:
+            copy_populated(self._template, self.fds[0])
 
 
 def copy_populated(source: Path, target_fd: int) -> None:
     """Copy the populated ranges of the sparse file `source` into the file behind `target_fd`, which is empty so far.
 
-    vhost-user devices need RAM that is shared with them, so a clone cannot map its template's. Raises OSError.
+    Raises OSError.
     """
     with open(source, "rb", buffering=0) as file:
         fd = file.fileno()

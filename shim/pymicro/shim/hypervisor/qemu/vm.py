@@ -1,0 +1,226 @@
+"""A QEMU VM that runs, driven over QMP."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
+from pymicro.shim.helper import Helper, watched
+from pymicro.shim.hypervisor.base import Device, Share, Template, VmExit, Vsock
+from pymicro.shim.hypervisor.qemu import cmdline
+from pymicro.shim.hypervisor.qemu.backend import SpawnedQemu
+from pymicro.shim.hypervisor.qemu.vsock import VsockBackend
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+
+logger = logging.getLogger(__name__)
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, with our context
+
+_POLL = 0.002
+_SAME_MOMENT = 0.2
+"""Seconds in which a process that has ended is reaped."""
+
+
+@asynccontextmanager
+async def running(spawned: SpawnedQemu, timeout: float) -> AsyncIterator["QemuVm"]:
+    """Yield the VM that `spawned` is; `timeout` (seconds) bounds each step. Raises SandboxDied, StepTimeout."""
+    async with AsyncExitStack() as stack:
+        stack.callback(spawned.end)
+        vsock = spawned.vsock
+        helpers = [await stack.enter_async_context(watched(vsock.child))] if vsock and vsock.child else []
+        process = await stack.enter_async_context(watched(spawned.child))
+        vm = QemuVm(process, helpers, vsock, timeout)
+        stack.push_async_callback(vm.disconnect)
+        await vm.connect(spawned.monitor)
+        if isinstance(spawned.origin, Template):
+            await vm.load(spawned.origin.state)
+        yield vm
+
+
+class QemuVm:
+    """One QEMU process and the helpers that its devices need."""
+
+    def __init__(self, process: Helper, helpers: Sequence[Helper], vsock: VsockBackend | None, timeout: float) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._helpers = helpers
+        self._vsock = vsock
+        self._timeout = timeout
+        self._qmp = QMPClient("pymicro")
+        self._free_ports = [f"port{n}" for n in reversed(range(cmdline.ROOT_PORTS))]
+
+    def __repr__(self) -> str:
+        return f"<QemuVm {self._process!r} devices={cmdline.ROOT_PORTS - len(self._free_ports)}>"
+
+    async def connect(self, monitor: socket.socket) -> None:
+        """Shake hands with the monitor."""
+        await self._step("its monitor", self._qmp.connect(monitor))
+
+    async def disconnect(self) -> None:
+        """Let the monitor go; whatever it says is of no interest any more."""
+        await self._process.kill()
+        try:
+            await self._qmp.disconnect()
+        except (QMPError, EOFError, OSError) as error:
+            logger.debug("monitor: %s", error)
+
+    async def attach(self, device: Device) -> None:
+        """Plug `device` into the next free root port. Raises SandboxDied, HostMissing, StepTimeout, Unsupported."""
+        if not self._free_ports:
+            raise Unsupported(f"a VM takes {cmdline.ROOT_PORTS} devices and all slots are in use")
+        port = self._free_ports.pop()
+        match device:
+            case Share():
+                await self._add_chardev("share", device.socket)
+                await self._add_device(port, {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": device.tag})
+            case Vsock():
+                assert self._vsock is not None, "spawned without a Vsock among its devices"
+                if self._vsock.chardev_path:
+                    await self._wait_for_socket(self._vsock.chardev_path)
+                    await self._add_chardev("vsock", self._vsock.chardev_path)
+                await self._add_device(port, self._vsock.properties)
+
+    async def _wait_for_socket(self, path: Path) -> None:
+        """Wait until the program that serves the vsock listens at `path`."""
+        (helper,) = self._helpers
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        while not path.exists():
+            if not helper.running:
+                raise SandboxDied(str(VmExit(helper.name, await helper.wait(), helper.last_lines)))
+            if asyncio.get_running_loop().time() > deadline:
+                raise StepTimeout(
+                    f"{helper.name} did not create {path} in {self._timeout:g} s (timeouts.vmm);"
+                    f" its last lines: {helper.last_lines}"
+                )
+            await asyncio.sleep(_POLL)
+
+    async def _add_chardev(self, name: str, path: Path) -> None:
+        address = {"type": "unix", "data": {"path": str(path)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        await self._execute("chardev-add", {"id": name, "backend": backend})
+
+    async def _add_device(self, port: str, properties: dict[str, Any]) -> None:  # JSON of any kind
+        await self._execute("device_add", {"id": f"device-{port}", "bus": port, **properties})
+
+    async def resume(self) -> None:
+        """Let the guest run. Raises SandboxDied, StepTimeout."""
+        await self._execute("cont")
+
+    async def accept(self) -> Channel:
+        """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
+        assert self._vsock is not None, "attach a Vsock before accept()"
+        accepting = asyncio.ensure_future(self._vsock.listener.accept())
+        dying = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait((accepting, dying), return_when=asyncio.FIRST_COMPLETED)
+            if accepting.done():
+                return accepting.result()
+            raise SandboxDied(str(dying.result()))
+        finally:
+            accepting.cancel()
+            dying.cancel()
+
+    async def console_says(self, text: str) -> None:
+        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
+        if not await self._process.logs[0].says(text):
+            raise SandboxDied(str(await self.wait()))
+
+    async def save(self, state: Path) -> None:
+        """Stop the VM and write the state of its devices; its RAM stays in its file. Raises SandboxDied,
+        StepTimeout.
+        """
+        await self._execute("stop")
+        await self._migrate_devices_alone()
+        with open(state, "xb") as file:
+            self._qmp.send_fd_scm(file.fileno())
+            await self._execute("getfd", {"fdname": "state"})
+            await self._execute("migrate", {"uri": "fd:state"})
+            await self._step("migrate", self._migrated())
+
+    async def load(self, state: Path) -> None:
+        """Take on the state that save() wrote. Raises SandboxDied, StepTimeout."""
+        await self._migrate_devices_alone()
+        with open(state, "rb") as file:
+            self._qmp.send_fd_scm(file.fileno())
+            await self._execute("getfd", {"fdname": "state"})
+            await self._execute("migrate-incoming", {"uri": "fd:state"})
+            await self._step("migrate-incoming", self._migrated())
+
+    async def _migrate_devices_alone(self) -> None:
+        """Leave RAM out of the state: it is in a file of its own."""
+        capability = {"capability": "x-ignore-shared", "state": True}
+        await self._execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    async def _migrated(self) -> None:
+        while True:
+            progress = await self._qmp.execute("query-migrate")
+            status = progress.get("status") if isinstance(progress, dict) else None
+            if status == "completed":
+                return
+            if status in {"failed", "cancelled"}:
+                raise SandboxDied(f"QEMU could not move the VM's state: {progress}")
+            await asyncio.sleep(_POLL)
+
+    async def wait(self) -> VmExit:
+        """Return when QEMU or one of its helpers is gone."""
+        processes = (self._process, *self._helpers)
+        waits = {asyncio.ensure_future(process.wait()): process for process in processes}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        ended = next(iter(done))
+        process = waits[ended]
+        words = self._last_words if process is self._process else process.last_lines[-10:]
+        return VmExit(process.name, ended.result(), words)
+
+    @property
+    def _last_words(self) -> Sequence[str]:
+        """What QEMU itself said, without the guest's console."""
+        return self._process.logs[1].lines[-10:]
+
+    def console(self) -> Sequence[str]:
+        """Return the last lines of the guest's console."""
+        return self._process.logs[0].lines
+
+    async def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> None:  # JSON of any kind
+        await self._step(command, self._qmp.execute(command, arguments))
+
+    async def _step(self, what: str, call: Any) -> None:  # any awaitable; its result is of no interest
+        limit = self._timeout
+        try:
+            async with asyncio.timeout(limit):
+                await call
+        except TimeoutError:
+            raise StepTimeout(
+                f"QEMU did not answer {what} in {limit:g} s (timeouts.vmm); its last lines: {self._last_words}"
+            ) from None
+        except ExecuteError as error:
+            why = f"QEMU refused {what}: {error}"
+            raise SandboxDied(f"{dead} ({why})" if (dead := await self._dead_helper()) else why) from error
+        except (QMPError, ExecInterruptedError, StateError, EOFError, OSError) as error:
+            # the monitor breaks a moment before the process can be reaped; its last words say more than the broken pipe
+            async with asyncio.timeout(limit):
+                exit_ = VmExit("qemu", await self._end(), self._last_words)
+            raise SandboxDied(f"{exit_} (at {what})") from error
+
+    async def _dead_helper(self) -> VmExit | None:
+        """Return the end of a helper that QEMU could not reach because it is gone."""
+        for helper in self._helpers:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SAME_MOMENT):
+                    return VmExit(helper.name, await helper.wait(), helper.last_lines[-10:])
+        return None
+
+    async def _end(self) -> int:
+        try:
+            async with asyncio.timeout(0.5):
+                return await self._process.wait()
+        except TimeoutError:
+            await self._process.kill()
+            return await self._process.wait()

@@ -1,0 +1,173 @@
+"""The first half of a pod's start: its place on the host, and its VM's processes started.
+
+It runs before asyncio and what rests on it are imported, which takes as long as QEMU's own start: so both happen at
+the same time. `boot` is the second half.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pymicro.shim import cgroup, host, rootfs
+from pymicro.shim.bundle import Bundle
+from pymicro.shim.config import Settings, vm_size
+from pymicro.shim.errors import ShimError
+from pymicro.shim.hypervisor import registry, virtiofsd
+from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, VmSpec, Vsock
+from pymicro.shim.netns import pod_netns
+from pymicro.shim.spawn import Child, Place
+from pymicro.shim.templates import Store, key
+from pymicro.shim.timeline import Timeline
+
+
+class Note(Protocol):
+    """Records facts in the run directory before they are true."""
+
+    def __call__(self, **facts: Any) -> None: ...  # JSON of any kind
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pod's VM is to be on this host."""
+
+    bundle: Bundle
+    settings: Settings
+    spec: VmSpec
+    hypervisor: Hypervisor
+    virtiofsd: host.Virtiofsd
+
+    @property
+    def templates(self) -> Store:
+        return template_store(self.settings)
+
+
+def make_plan(bundle: Bundle, settings: Settings) -> Plan:
+    """Return what this pod wants of this host. Raises HostMissing, InvalidSettings."""
+    spec, hypervisor = vm_spec(bundle, settings), registry.hypervisor(settings)
+    return Plan(bundle, settings, spec, hypervisor, host.find_virtiofsd(settings))
+
+
+def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
+    """Return the VM that a pod gets. Raises HostMissing, InvalidSettings."""
+    size = vm_size(settings, bundle.resources, bundle.annotations)
+    kernel, image = host.guest_files(settings)
+    return VmSpec(
+        binary=host.find_qemu(settings),
+        kernel=kernel,
+        image=image,
+        vcpus=size.vcpus,
+        memory_mib=size.memory_mib,
+        accel=host.choose_accel(settings.vm.accel),
+    )
+
+
+def template_store(settings: Settings) -> Store:
+    """Return this host's templates."""
+    return Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A VM's processes: they run, and nobody drives them yet."""
+
+    origin: Origin
+    share: Child
+    vmm: Spawned
+
+    def end(self) -> None:
+        """End those that nobody has taken over. Idempotent."""
+        self.vmm.end()
+        self.share.end()
+
+
+class Ignition:
+    """A pod's place, and its VM if that could be started already: to make a template first takes asyncio."""
+
+    def __init__(self, plan: Plan, place: Place) -> None:
+        self.plan = plan
+        self.place = place
+        self.resources = ExitStack()
+        self._started: Started | None = None
+
+    def __repr__(self) -> str:
+        return f"<Ignition {self.place.directory} {self._started}>"
+
+    def close(self) -> None:
+        """Free the place, and the VM if nobody has taken it. Idempotent."""
+        if started := self.take():
+            started.end()
+        self.resources.close()
+
+    def light(self) -> None:
+        """Start the VM if its origin is there. Raises HostMissing."""
+        if origin := self._origin():
+            self._started = self.start(origin)
+
+    def _origin(self) -> Origin | None:
+        if self.plan.settings.vm.start == "boot":
+            return Boot()
+        with suppress(ShimError, OSError):  # the store will say it when it is asked to make the template
+            return self.plan.templates.find(key(self.plan.spec, self.plan.hypervisor))
+        return None
+
+    def start(self, origin: Origin) -> Started:
+        """Start virtiofsd and the VMM, which connects to it in its own time. Raises HostMissing."""
+        plan, place = self.plan, self.place
+        share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
+        try:
+            return Started(origin, share, plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share)))
+        except BaseException:
+            share.end()
+            raise
+
+    def take(self) -> Started | None:
+        """Return what has been started, once: it is the caller's."""
+        started, self._started = self._started, None
+        return started
+
+
+def ignite(plan: Plan, directory: str, sandbox_id: str, note: Note, timeline: Timeline) -> Ignition:
+    """Make the pod's place in the run directory `directory` and start its VM as far as that goes without asyncio.
+
+    Raises HostMissing, InvalidRequest (its network namespace), OSError; then nothing is left.
+    """
+    spec = plan.spec
+    with ExitStack() as stack:
+        groups = _cgroups(directory, sandbox_id, plan.bundle)
+        shape = {"vcpus": spec.vcpus, "memory_mib": spec.memory_mib, "accel": spec.accel}
+        note(cgroups=list(groups), templates=plan.settings.templates.directory, **shape)
+        place = stack.enter_context(_pod_place(Path(directory), groups, plan.bundle))
+        share, view = place.directory / "share", place.directory / "view"
+        for path in (share, view):
+            path.mkdir(exist_ok=True)
+        rootfs.make_share(str(share), str(view))
+        begun = time.monotonic_ns()
+        ignition = Ignition(plan, place)
+        ignition.light()
+        timeline.span("spawn", begun)
+        ignition.resources = stack.pop_all()
+        return ignition
+
+
+def _cgroups(directory: str, sandbox_id: str, bundle: Bundle) -> tuple[str, ...]:
+    """Return the helpers' cgroup. It lies beside the container's, not in it: the container's limits are the guest's
+    business and must not starve the VMM. In Kubernetes both lie in the pod's cgroup.
+    """
+    own = cgroup.relative_path(bundle.cgroups_path, f"pymicro/{sandbox_id}")
+    return cgroup.directories(os.path.join(os.path.dirname(own), f"pymicro-{os.path.basename(directory)}"))
+
+
+@contextmanager
+def _pod_place(directory: Path, groups: tuple[str, ...], bundle: Bundle) -> Iterator[Place]:
+    """Make the network namespace and the cgroup that the pod's helpers run in."""
+    with pod_netns(bundle.netns_path) as netns_fd:
+        try:
+            cgroup.create(groups)
+            yield Place(directory, groups, netns_fd)
+        finally:
+            cgroup.kill(groups)
+            cgroup.remove(groups)
