@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 from pymicro.shim import guestspec, logs, rootfs
@@ -43,10 +44,13 @@ def run(start: Start, listener: socket.socket) -> None:
     )
     pod = prepare(start, record, timeline)
 
+    begun = time.monotonic_ns()
+
     import asyncio
 
     from pymicro.shim.serve import serve
 
+    timeline.span("import", begun)
     asyncio.run(serve(start, pod, record, timeline, listener))
 
 

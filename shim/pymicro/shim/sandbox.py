@@ -116,8 +116,10 @@ class Sandbox:
         agent = AgentClient(booted.control, self._on_event, self.settings.timeouts.request)
         try:
             hostname = str(bundle.spec.get("hostname") or self.id)[:64]
+            begun = time.monotonic_ns()
             try:
                 await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
+                self._timeline.span("setup", begun)
             except SandboxDied:
                 raise await self._watch(booted, agent) from None
             self._agent.set_result(agent)
