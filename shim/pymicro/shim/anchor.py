@@ -3,11 +3,14 @@
 The workload runs in a VM, yet clients do things to a task's pid: they join its network namespace, read its cgroup's
 limits, look into its root. The anchor gives them the right answers: it sits in the pod's network namespace, in the
 container's cgroup, chrooted to the container's root filesystem, and it ends before Wait returns.
+
+It is a program of a few bytes, run from memory.
 """
 
 import asyncio
 import os
 import signal
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -50,10 +53,7 @@ class Anchor:
 
 
 def start(root: str, place: Place, on_death: Callable[[], None]) -> Anchor:
-    """Fork an anchor in `place`, chrooted to `root`. Raises ShimError with what it could not enter.
-
-    A fork without exec: the program must not be looked up inside the container's root, and a fork shares our memory.
-    """
+    """Fork an anchor in `place`, chrooted to `root`. Raises ShimError with what it could not enter."""
     parent = os.getpid()
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -78,6 +78,7 @@ def _become_anchor(root: str, place: Place, parent: int, ready: int) -> None:
             signal.signal(number, signal.SIG_DFL)
         syscalls.set_parent_death_signal(signal.SIGKILL)
         syscalls.set_name(NAME)
+        program = syscalls.memory_program(NAME, pause_program())
         cgroup.join(place.cgroups)
         if place.netns_fd is not None:
             syscalls.setns(place.netns_fd, syscalls.CLONE_NEWNET)
@@ -85,7 +86,11 @@ def _become_anchor(root: str, place: Place, parent: int, ready: int) -> None:
         os.chdir("/")
         if os.getppid() == parent:
             os.write(ready, _READY)
-            os.closerange(0, 1 << 20)
+            os.closerange(0, program)
+            os.closerange(program + 1, 1 << 20)
+            with suppress(OSError):  # a host may forbid programs in memory (vm.memfd_noexec): then we stay what we are
+                os.execve(program, [NAME], {})  # noqa: S606  # there is no shell where it runs
+            os.close(program)
             while True:
                 signal.pause()
     except BaseException as error:  # noqa: BLE001  # whatever it is, the parent must hear of it and this process must end
@@ -93,3 +98,26 @@ def _become_anchor(root: str, place: Place, parent: int, ready: int) -> None:
             os.write(ready, str(error).encode())
     finally:
         os._exit(1)
+
+
+def pause_program() -> bytes:
+    """Return an x86-64 ELF program that names itself and then waits for ever.
+
+    Nothing can be run from a container's root, which may hold anything; and a fork of the shim alone would keep a copy
+    of the 12 MB that the shim changes afterwards.
+    """
+    base, header_size = 0x400000, 64 + 56
+    name = NAME.encode()[:15] + b"\0"
+    # mov eax, 34 (pause); syscall; jmp back
+    wait = b"\xb8\x22\0\0\0" + b"\x0f\x05" + b"\xeb\xf7"
+    # mov eax, 157 (prctl); mov edi, 15 (PR_SET_NAME); lea rsi, the name, which stands behind the code; syscall
+    code = (
+        b"\xb8\x9d\0\0\0" + b"\xbf\x0f\0\0\0" + b"\x48\x8d\x35" + struct.pack("<i", 2 + len(wait)) + b"\x0f\x05" + wait
+    )
+    size = header_size + len(code) + len(name)
+    ident = b"\x7fELF" + bytes([2, 1, 1])
+    # e_type EXEC, e_machine x86-64, e_version, e_entry, e_phoff, e_shoff, e_flags, sizes and counts of the headers
+    header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, base + header_size, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    # PT_LOAD, readable and executable, from file offset 0
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
+    return header + segment + code + name

@@ -17,11 +17,10 @@ from contextlib import suppress
 from pymicro.shim import state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
+from pymicro.shim.guard import GOOD_END, become_guard
 
 SOCKET_DIRECTORY = "/run/containerd/s"
 _BACKLOG = 128
-_GUARD_GRACE = 1.0
-"""Seconds that containerd's `delete` has before the guard does its work."""
 
 
 def start(arguments: Arguments, begun_ns: int) -> None:
@@ -51,10 +50,12 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     _record_address(path)  # before there is a daemon: what can fail must not leave one behind
     start_pid = os.getpid()
     if os.fork() == 0:
+        ended, end = os.pipe()
         daemon = os.fork()
         if daemon == 0:
-            _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns)
-        _become_guard(directory, daemon, start_pid)
+            os.close(ended)
+            _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns, end)
+        become_guard(ended, directory, daemon, start_pid)
     _answer(path)
 
 
@@ -123,9 +124,15 @@ def _answer(path: str) -> None:
 
 
 def _become_daemon(
-    arguments: Arguments, sandbox_id: str, path: str, listener: socket.socket, options: bytes, begun_ns: int
+    arguments: Arguments,
+    sandbox_id: str,
+    path: str,
+    listener: socket.socket,
+    options: bytes,
+    begun_ns: int,
+    end: int,
 ) -> None:
-    """Runs in the child and never returns."""
+    """Runs in the child and never returns. A good end is said on the descriptor `end`."""
     status = 1
     try:
         os.setsid()
@@ -152,6 +159,7 @@ def _become_daemon(
             ),
             listener,
         )
+        os.write(end, GOOD_END)
         status = 0
     except BaseException:  # noqa: BLE001  # this process must end here, and its log is the only place to say why
         import traceback
@@ -160,27 +168,6 @@ def _become_daemon(
             os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
-
-
-def _become_guard(directory: str, daemon: int, start_pid: int) -> None:
-    """Runs in the daemon's parent and never returns: free what a daemon that was killed has left.
-
-    containerd does that by `delete`, but only for a shim that it had reached, and only while it runs itself.
-    """
-    try:
-        os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.closerange(3, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
-        _, status = os.waitpid(daemon, 0)
-        if status:
-            time.sleep(_GUARD_GRACE)
-            recorded = state.read(directory)
-            if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
-                state.free(directory)
-    finally:
-        os._exit(0)
 
 
 def _open_log() -> int:

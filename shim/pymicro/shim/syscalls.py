@@ -32,6 +32,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
+_MFD_EXEC: Final = 0x10
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -76,3 +78,13 @@ def set_parent_death_signal(signal: int) -> None:
 def set_name(name: str) -> None:
     """Set this process's name as `ps` shows it (15 bytes). Raises OSError."""
     _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0), "prctl(PR_SET_NAME)")
+
+
+def memory_program(name: str, content: bytes) -> int:
+    """Return a descriptor of a file in memory with `content`, to be executed by os.execve(). Raises OSError."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | _MFD_EXEC)
+    except OSError:  # before Linux 6.3 there was no such flag, and no need for it
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.write(fd, content)
+    return fd
