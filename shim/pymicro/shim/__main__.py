@@ -14,6 +14,7 @@ def main() -> int:
     shows.
     """
     begun_ns = time.monotonic_ns()
+    import pymicro.shim.lean  # noqa: F401  # it acts when it is imported
     from pymicro.shim.arguments import Arguments
 
     try:

@@ -46,7 +46,7 @@ class Qemu:
     def identity(self, spec: VmSpec) -> str:
         """Return QEMU's command line, without what differs from start to start, and which QEMU it is."""
         binary = os.stat(spec.binary)
-        words = cmdline.command(spec, monitor_fd=0, tsc_khz=0, incoming=True)
+        words = cmdline.command(spec, monitor_fd=0, tsc_khz=0)
         return "\0".join([*words, str(binary.st_size), str(binary.st_mtime_ns)])
 
     def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> SpawnedQemu:

@@ -9,6 +9,8 @@ from pymicro.shim.hypervisor.base import VmSpec
 ROOT_PORTS = 6
 """Hot-plug slots: vsock, share, and four for NICs and disks."""
 
+LEAST_TRANSLATIONS_MIB = 16
+
 # 1. tsc_early_khz and lpj: under TCG the machine has no timer to calibrate against; without them the kernel hangs.
 # 2. no_timer_check: there is no i8254 to check.
 TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
@@ -30,6 +32,11 @@ def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
         if spec.vcpus == 1:
             accel += TCG_UNIPROCESSOR + " "
     return COMMON_ARGUMENTS.format(accel=accel)
+
+
+def translations_mib(memory_mib: int) -> int:
+    """Return how much of its translated code an emulated VM keeps, in MiB: QEMU's own default is a gigabyte."""
+    return max(LEAST_TRANSLATIONS_MIB, memory_mib // 8)
 
 
 def _value(text: str) -> str:
@@ -64,7 +71,8 @@ def command(
     return [
         spec.binary,
         *("-name", "pymicro,debug-threads=on"),
-        *("-machine", f"{machine},accel={spec.accel}"),
+        *("-machine", machine),
+        *("-accel", "kvm" if spec.accel == "kvm" else f"tcg,tb-size={translations_mib(spec.memory_mib)}"),
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
@@ -83,8 +91,11 @@ def command(
         # with ACPI the machine's own default is bios-microvm.bin, which Debian 13 makes SeaBIOS: it finds no kernel
         # here
         *("-bios", "qboot.rom"),
-        *("-kernel", str(spec.kernel)),
-        *("-append", kernel_arguments(spec, tsc_khz)),
-        *(("-incoming", "defer") if incoming else ()),
+        # a saved VM has its kernel in its memory
+        *(
+            ("-incoming", "defer")
+            if incoming
+            else ("-kernel", str(spec.kernel), "-append", kernel_arguments(spec, tsc_khz))
+        ),
         "-S",
     ]
