@@ -6,9 +6,17 @@ asyncio, hashlib and qemu.qmp import it where it can be had; hashlib has its own
 import sys
 from types import ModuleType
 
-sys.modules["_hashlib"] = None  # type: ignore[assignment]  # how the import system marks what cannot be imported
 
-_ssl = ModuleType("ssl", "What asyncio and qemu.qmp name when they are imported, and nothing of it works.")
-for _name in ("SSLContext", "SSLObject", "SSLError", "SSLWantReadError", "SSLSyscallError"):
-    setattr(_ssl, _name, type(_name, (Exception,), {}))
-sys.modules["ssl"] = _ssl
+class _NoSsl(ModuleType):
+    """Has every class that somebody compares with or names in a signature, and no object is ever one of them."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        named = type(name, (Exception,), {})
+        setattr(self, name, named)
+        return named
+
+
+sys.modules["_hashlib"] = None  # type: ignore[assignment]  # how the import system marks what cannot be imported
+sys.modules["ssl"] = _NoSsl("ssl")
