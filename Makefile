@@ -67,8 +67,8 @@ integration: ready $(STAMPS)/go ## run the tests of the pieces against real QEMU
 e2e: ready ## run the tests that start containers through a real containerd
 	$(SUDO) $(VENV)/pytest -m "not slow" tests/e2e $(PYTEST)
 
-bench: ready ## measure start, exec, memory and throughput against runc and the bare QEMU
-	$(SUDO) $(VENV)/python -m tests.bench
+bench: ready ## measure starts, exec, memory and throughput against runc and the bare QEMU (ROUNDS=2 WAVES=1,5 IDLE=1,5)
+	$(SUDO) env $(foreach name,ROUNDS WAVES IDLE MEGABYTES,$(if $($(name)),$(name)=$($(name)))) $(VENV)/python -m tests.bench
 
 # -- building ----------------------------------------------------------------------------------------------------------
 kernel: $(STAMPS)/packages ## build the guest kernel, or find it in the cache (KERNEL_SOURCE=dir builds that tree)

@@ -1,114 +1,124 @@
 """`make bench`: what a microVM costs over runc and over the bare VMM, all in one run, interleaved.
 
-Quote the ratios: absolute times are those of this machine at this moment. ROUNDS (default 5) and WAVES (default 1,5,10)
-may be set in the environment.
+Quote the ratios: absolute figures are those of this machine at this moment. ROUNDS, WAVES, IDLE and MEGABYTES may be
+set in the environment (options.py).
 """
 
-import json
 import os
 import platform
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
-from tests.bench import cases
-from tests.bench.floor import seconds_to_hello
-from tests.framework.containerd import Containerd
+from tests.bench import cases, memory, report
+from tests.bench.floor import by_hand
+from tests.bench.options import Options, from_environment
+from tests.bench.waves import Wave, wave
+from tests.framework.containerd import NEWEST, Containerd
 
-ROUNDS = int(os.environ.get("ROUNDS", "5"))
-WAVES = [int(size) for size in os.environ.get("WAVES", "1,5,10").split(",")]
 OUTPUT = Path("build/bench.json")
-COLD = ("--annotation", "io.pymicro.start=boot")
+RUNTIMES = {"runc": cases.RUNC, "pymicro": cases.PYMICRO}
+
+Step = Callable[[], Mapping[str, float]]
+"""Measures one or more cases, named in what it returns."""
 
 
 def main() -> int:
-    """Measure, print the table, write build/bench.json."""
-    containerd = Containerd("2.1", Path("build/bench"))
-    containerd.start()
+    """Measure, print the tables, write build/bench.json."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        report = measure(containerd)
-    finally:
-        containerd.stop()
-    OUTPUT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print_report(report)
+        options = from_environment(os.environ)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    try:
+        with private_containerd() as (containerd, templates):
+            found = measure(containerd, templates, options)
+    except KeyboardInterrupt:
+        say("interrupted; nothing is left behind")
+        return 130
+    report.write(found, OUTPUT)
+    print("\n".join(report.lines(found)))
     print(f"\nwritten to {OUTPUT}")
     return 0
 
 
-def measure(containerd: Containerd) -> dict[str, dict[str, object]]:
-    """Return all figures: medians of the interleaved cases, then memory and waves."""
+@contextmanager
+def private_containerd() -> Iterator[tuple[Containerd, Path]]:
+    """Run a containerd, with a directory of its own for templates; nothing of it stays, interrupted or not."""
+    containerd = Containerd(NEWEST, Path("build/bench"))
+    templates = Path(f"/dev/shm/pymicro-bench{str(containerd.home).replace('/', '-')}")
+    shutil.rmtree(templates, ignore_errors=True)
+    try:
+        containerd.start()
+        containerd.write_settings(templates={"directory": str(templates)})
+        yield containerd, templates
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave half of it
+            signal.signal(number, signal.SIG_IGN)
+        containerd.stop()
+        shutil.rmtree(templates, ignore_errors=True)
+
+
+def measure(containerd: Containerd, templates: Path, options: Options) -> report.Report:
+    """Return all figures: the interleaved cases, then memory, then waves."""
     say("a first start of each kind, not counted")
     cases.run_true(containerd, cases.RUNC)
     cases.run_true(containerd, cases.PYMICRO)
+    for start in ("snapshot", "boot"):
+        by_hand(containerd, start)
+    readings = compare(containerd, options)
+    idle = memory.usage(containerd, options.idle, say)
+    waves: dict[str, list[Wave]] = defaultdict(list)
+    for size in options.waves:
+        for name, runtime in RUNTIMES.items():
+            say(f"{size} at once, {name}")
+            waves[name].append(wave(containerd, runtime, size))
+            for failure in waves[name][-1].failures:
+                say(f"a start failed: {failure}")
+    machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "rounds": options.rounds}
+    held = sum(file.stat().st_blocks * 512 for file in templates.rglob("*"))
+    return report.Report(machine, readings, waves, idle, held / memory.MEGABYTE)
+
+
+def compare(containerd: Containerd, options: Options) -> dict[str, list[float]]:
+    """Return the readings of the cases that are measured in turn."""
     runc, pymicro = cases.idle(containerd, cases.RUNC), cases.idle(containerd, cases.PYMICRO)
+    steps: list[Step] = [
+        lambda: {"run.runc": cases.run_true(containerd, cases.RUNC)},
+        lambda: {"run.snapshot": cases.run_true(containerd, cases.PYMICRO)},
+        lambda: _floor(containerd, "snapshot", "snapshot"),
+        lambda: {"run.cold": cases.run_true(containerd, cases.PYMICRO, *cases.COLD)},
+        lambda: _floor(containerd, "boot", "cold"),
+        lambda: {"exec.runc": cases.exec_true(runc), "exec.pymicro": cases.exec_true(pymicro)},
+        lambda: {"stdout.runc": cases.stdout_rate(runc, options.megabytes)},
+        lambda: {"stdout.pymicro": cases.stdout_rate(pymicro, options.megabytes)},
+    ]
     try:
-        steps: dict[str, Callable[[], float]] = {
-            "run.runc": lambda: cases.run_true(containerd, cases.RUNC),
-            "run.snapshot": lambda: cases.run_true(containerd, cases.PYMICRO),
-            "run.cold": lambda: cases.run_true(containerd, cases.PYMICRO, *COLD),
-            "floor.snapshot": lambda: seconds_to_hello(containerd.settings, "snapshot"),
-            "floor.cold": lambda: seconds_to_hello(containerd.settings, "boot"),
-            "exec.runc": lambda: cases.exec_true(runc),
-            "exec.pymicro": lambda: cases.exec_true(pymicro),
-            "stdout.runc": lambda: cases.stdout_rate(runc),
-            "stdout.pymicro": lambda: cases.stdout_rate(pymicro),
-        }
-        readings = interleaved(steps, ROUNDS)
-        memory = cases.memory(pymicro)
+        return interleaved(steps, options.rounds)
     finally:
         runc.remove()
         pymicro.remove()
-    medians = {name: median(values) for name, values in readings.items()}
-    return {
-        "machine": {"kernel": platform.release(), "cpus": os.cpu_count(), "rounds": ROUNDS},
-        "readings": dict(readings),
-        "medians": dict(medians),
-        "ratios": dict(ratios(medians)),
-        "pss_mib": {**memory, "all": sum(memory.values())},
-        "waves": {str(size): quantiles(containerd, size) for size in WAVES},
-    }
 
 
-def interleaved(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def _floor(containerd: Containerd, start: str, name: str) -> dict[str, float]:
+    found = by_hand(containerd, start)
+    return {f"ready.{name}": found.ready, f"floor.{name}": found.run}
+
+
+def interleaved(steps: list[Step], rounds: int) -> dict[str, list[float]]:
     """Run every step in turn, `rounds` times over, so that a machine whose speed drifts drifts for all of them."""
-    readings: dict[str, list[float]] = {name: [] for name in steps}
+    readings: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds):
         say(f"round {turn + 1} of {rounds}")
-        for name, step in steps.items():
-            readings[name].append(step())
+        for step in steps:
+            for name, value in step().items():
+                readings[name].append(value)
     return readings
-
-
-def ratios(medians: dict[str, float]) -> dict[str, float]:
-    """Return the ratios that the project's promises are about."""
-    return {
-        "run: snapshot / runc": medians["run.snapshot"] / medians["run.runc"],
-        "run: cold / runc": medians["run.cold"] / medians["run.runc"],
-        "run / its floor, snapshot": medians["run.snapshot"] / medians["floor.snapshot"],
-        "run / its floor, cold": medians["run.cold"] / medians["floor.cold"],
-        "guest ready: snapshot / cold": medians["floor.snapshot"] / medians["floor.cold"],
-        "exec: pymicro / runc": medians["exec.pymicro"] / medians["exec.runc"],
-        "stdout rate: pymicro / runc": medians["stdout.pymicro"] / medians["stdout.runc"],
-    }
-
-
-def quantiles(containerd: Containerd, size: int) -> dict[str, float]:
-    """Return the median and the last of `size` starts at once, in seconds."""
-    say(f"{size} at once")
-    took = cases.wave(containerd, cases.PYMICRO, size)
-    return {"p50": median(took), "p99": took[min(len(took) - 1, int(len(took) * 0.99))]}
-
-
-def print_report(report: dict[str, dict[str, object]]) -> None:
-    """Print the figures as a table; times in seconds, rates in MB/s, memory in MiB."""
-    for title in ("medians", "ratios", "pss_mib"):
-        print(f"\n{title}")
-        for name, value in report[title].items():
-            print(f"  {name:34}{value:10.2f}")
-    print("\nstarts at once (s)")
-    for size, value in report["waves"].items():
-        print(f"  {size:34}{value}")
 
 
 def say(text: str) -> None:
