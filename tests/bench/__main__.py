@@ -88,12 +88,13 @@ def measure(containerd: Containerd, templates: Path, options: Options) -> report
 def compare(containerd: Containerd, options: Options) -> dict[str, list[float]]:
     """Return the readings of the cases that are measured in turn."""
     runc, pymicro = cases.idle(containerd, cases.RUNC), cases.idle(containerd, cases.PYMICRO)
+    # what a promise compares stands side by side
     steps: list[Step] = [
         lambda: {"run.runc": cases.run_true(containerd, cases.RUNC)},
         lambda: {"run.snapshot": cases.run_true(containerd, cases.PYMICRO)},
         lambda: _floor(containerd, "snapshot", "snapshot"),
-        lambda: {"run.cold": cases.run_true(containerd, cases.PYMICRO, *cases.COLD)},
         lambda: _floor(containerd, "boot", "cold"),
+        lambda: {"run.cold": cases.run_true(containerd, cases.PYMICRO, *cases.COLD)},
         lambda: {"exec.runc": cases.exec_true(runc), "exec.pymicro": cases.exec_true(pymicro)},
         lambda: {"stdout.runc": cases.stdout_rate(runc, options.megabytes)},
         lambda: {"stdout.pymicro": cases.stdout_rate(pymicro, options.megabytes)},

@@ -32,7 +32,7 @@ class Report:
         failed = {size: len(wave.failures) for size, wave in waves.items()}
         spread = {size: wave.spread for size, wave in waves.items()}
         one_pod = self.memory[0].pss if self.memory and self.memory[0].pods == 1 else {}
-        return [*ratios(self.medians), *wave_figures(failed, spread), *memory_figures(one_pod)]
+        return [*ratios(self.readings), *wave_figures(failed, spread), *memory_figures(one_pod)]
 
 
 def write(report: Report, file: Path) -> None:
@@ -60,7 +60,7 @@ def lines(report: Report) -> Iterator[str]:
     for name, values in report.readings.items():
         yield f"{name:34}{median(values):9.2f}{min(values):9.2f}{max(values):9.2f}"
     yield ""
-    yield f"{'':34}{'measured':>9}{'promised':>10}"
+    yield f"{'':34}{'measured':>9}{'least':>9}{'most':>9}{'promised':>10}"
     yield from (_figure(figure) for figure in report.figures)
     yield ""
     yield f"{'at once':34}{'p50':>9}{'p99':>9}{'p99/p50':>9}{'failed':>8}   seconds"
@@ -71,8 +71,9 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def _figure(figure: Figure) -> str:
-    promised = "" if figure.most is None else f"<= {figure.most:g}"
-    return f"{figure.name:34}{_number(figure.value)}{promised:>10}   {figure.verdict}".rstrip()
+    numbers = "".join(map(_number, (figure.value, figure.least, figure.most)))
+    promised = "" if figure.promised is None else f"<= {figure.promised:g}"
+    return f"{figure.name:34}{numbers}{promised:>10}   {figure.verdict}".rstrip()
 
 
 def _wave_line(runtime: str, wave: Wave) -> str:
