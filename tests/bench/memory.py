@@ -11,7 +11,7 @@ from statistics import median
 from tests.bench import smaps
 from tests.bench.cases import IMAGE, PYMICRO, Idle, new_id
 from tests.bench.waves import together
-from tests.framework.containerd import Containerd
+from tests.framework.containerd import RUN, Containerd
 
 SETTLE = 3.0
 """Seconds after which a started pod is idle: its guest has nothing left to do."""
@@ -35,6 +35,8 @@ class Usage:
 
 def usage(containerd: Containerd, counts: Sequence[int], say: Callable[[str], None]) -> list[Usage]:
     """Start idle pods up to each of `counts`, which grow, and return what one of them takes then. All are removed."""
+    if strangers := len(list(RUN.glob("*/state.json"))):
+        say(f"{strangers} pod(s) of others run on this host: what they share with ours makes its PSS less")
     before = available()
     pods: list[Idle] = []
     found = []
