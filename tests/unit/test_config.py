@@ -76,6 +76,8 @@ def test_a_section_that_is_a_value_is_refused() -> None:
         ("[timeouts]\nhello = inf", "timeouts.hello = inf is wrong"),
         ("[timeouts]\nhello = nan", "timeouts.hello = nan is wrong"),
         ("[paths]\nkernel = 'vmlinux'", "paths.kernel = 'vmlinux' is wrong: allowed is an absolute path"),
+        ("[templates]\nmost_mib = 0", "templates.most_mib = 0 is wrong: allowed is a whole number of at least 1 (MiB)"),
+        ("[templates]\nwait = 'no'", "templates.wait = 'no' is wrong: allowed is true or false"),
         ("[log]\nlevel = 'loud'", "log.level = 'loud' is wrong"),
         (
             "[annotations]\nallow = 'io.pymicro.vcpus'",

@@ -1,5 +1,6 @@
 """pymicroctl: what it prints and which exit status it gives."""
 
+import asyncio
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pymicro.ctl.__main__ import main
 from pymicro.shim import config, host, state
 from pymicro.shim.config import Paths, Settings, Vm
 from pymicro.shim.errors import HostMissing
+
+from tests.unit.template_harness import Bench, bench_in
 
 
 def script(path: Path, text: str = "") -> str:
@@ -319,3 +323,67 @@ def test_pymicroctl_starts_without_the_heavy_libraries() -> None:
     code = "import sys; from pymicro.ctl.__main__ import parser; parser(); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"asyncio", "psutil", "msgspec", "google.protobuf", "pyroute2"} & set(run.stdout.split())
+
+
+# --- template
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Bench:
+    """A store that the default settings of these tests name, with one template in it."""
+    bench = bench_in(tmp_path)
+    Path(config.DEFAULT_FILE).write_text(f'[templates]\ndirectory = "{bench.store.directory}"\nmost_mib = 64\n')
+    asyncio.run(bench.template())
+    return bench
+
+
+def test_templates_are_listed_with_what_they_hold_and_their_state(
+    templates: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = asyncio.run(templates.template(replace(templates.spec, vcpus=2))).memory.parent.name
+    used = templates.store.names()
+    (templates.where / "state").write_text("changed")
+    assert main(["template", "list"]) == 0
+    header, *lines, total = capsys.readouterr().out.splitlines()
+    assert " ".join(header.split()) == "TEMPLATE CPUS MEMORY HELD AGE STATE"
+    rows = {line.split()[0]: line.split(maxsplit=8) for line in lines}
+    assert rows[sound] == [sound, "2", "4", "MiB", "1", "MiB", "0", "min", "ok"]
+    assert rows[templates.name][-1] == "damaged: changed since it was made: state"
+    assert total == "together 2 MiB, at most 64 MiB are kept (templates.most_mib)"
+    assert templates.store.names() == used, "looking counts as use"
+
+
+def test_a_changed_kernel_makes_a_template_stale_and_prune_removes_it(
+    templates: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = templates.name
+    assert main(["template", "prune"]) == 0
+    assert capsys.readouterr().out == ""
+    templates.spec.kernel.write_text("another kernel")
+    main(["template", "list"])
+    assert f"stale: the kernel has changed: {templates.spec.kernel}" in capsys.readouterr().out
+    assert main(["template", "prune"]) == 0
+    assert capsys.readouterr().out == f"{name}  stale: the kernel has changed: {templates.spec.kernel}\n"
+    assert templates.left() == []
+
+
+def test_half_made_templates_are_pruned(templates: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    half = templates.store.directory / f"{templates.name}.12345"
+    half.mkdir()
+    assert main(["template", "prune"]) == 0
+    assert capsys.readouterr().out == f"{half.name}  half-made: its builder is gone\n"
+    assert templates.left() == [templates.name]
+
+
+def test_templates_are_removed_by_name(templates: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["template", "rm", "0123456789abcdef"]) == 1
+    assert "there is no template 0123456789abcdef" in capsys.readouterr().err
+    assert main(["template", "rm", templates.name]) == 0
+    assert templates.left() == []
+
+
+def test_a_host_without_templates_has_an_empty_list(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Path(config.DEFAULT_FILE).write_text(f'[templates]\ndirectory = "{tmp_path}/absent"\n')
+    assert main(["template", "list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["template", "prune"]) == 0

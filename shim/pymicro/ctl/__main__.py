@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     template = commands.add_parser(
         "template",
         help="make, list and remove the saved VMs that pods start from",
-        description="build: make the template of a VM size ahead of its first pod. list: show all. rm: remove some."
-        " prune: remove damaged ones.",
+        description="build: make the template of a VM size ahead of its first pod. list: show all, with their state."
+        " rm: remove some. prune: remove damaged, stale and half-made ones.",
     )
     template.add_argument("action", choices=("build", "list", "rm", "prune"))
     template.add_argument("names", nargs="*", metavar="TEMPLATE", help="for rm: which")

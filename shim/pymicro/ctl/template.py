@@ -12,6 +12,7 @@ from pymicro.shim.hypervisor import registry
 from pymicro.shim.hypervisor.base import Template, VmSpec
 from pymicro.shim.ignition import template_store
 from pymicro.shim.spawn import Place
+from pymicro.shim.template_builder import Builder
 from pymicro.shim.templates import Store
 
 
@@ -24,23 +25,29 @@ def run(action: str, names: list[str], *, config: str | None, vcpus: int | None,
         if action == "build":
             return asyncio.run(_build(settings, vcpus, memory_mib))
         if action == "list":
-            _list(settings)
-            return 0
-        damaged = [name for name in store.names() if not store.is_sound(name)]
-        return _remove(store, names if action == "rm" else damaged)
+            _list(store)
+        elif action == "rm":
+            _remove(store, names)
+        else:
+            _prune(store)
     except (ShimError, OSError) as error:
         print(f"pymicroctl: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def _remove(store: Store, names: list[str]) -> int:
+def _remove(store: Store, names: list[str]) -> None:
     known = store.names()
     if unknown := [name for name in names if name not in known]:
         raise ShimError(f"there is no template {unknown[0]}; `pymicroctl template list` shows them")
     for name in names:
         store.remove(name)
         print(name)
-    return 0
+
+
+def _prune(store: Store) -> None:
+    for name, why in store.prune(thorough=True).items():
+        print(f"{name}  {why}")
 
 
 async def _build(settings: Settings, vcpus: int | None, memory_mib: int | None) -> int:
@@ -54,19 +61,22 @@ async def _build(settings: Settings, vcpus: int | None, memory_mib: int | None) 
         accel=host.choose_accel(settings.vm.accel),
     )
     store = template_store(settings)
-    origin = await store.origin(spec, registry.hypervisor(settings), Place(store.directory))
+    builder = Builder(store, settings.timeouts.hello)
+    origin = await builder.origin(spec, registry.hypervisor(settings), Place(store.directory))
     if not isinstance(origin, Template):
-        return 1  # the store has said why
+        return 1  # the builder has said why
     print(origin.memory.parent.name)
     return 0
 
 
-def _list(settings: Settings) -> None:
-    store = template_store(settings)
-    print(f"{'TEMPLATE':18}{'CPUS':>5}{'MEMORY':>9}{'HELD':>9}{'AGE':>9}  STATE")
+def _list(store: Store) -> None:
+    print(f"{'TEMPLATE':18}{'CPUS':>5}{'MEMORY':>10}{'HELD':>9}{'AGE':>9}  STATE")
+    total = 0
     for name in store.names():
         facts = store.facts(name)
+        total += facts.held_bytes
         held = facts.held_bytes >> 20
-        age = f"{(time.time() - facts.created_at) / 60:.0f} min"
-        state = "ok" if store.is_sound(name) else "damaged: it will not be used"
-        print(f"{name:18}{facts.vcpus:>5}{facts.memory_mib:>5} MiB{held:>5} MiB{age:>9}  {state}")
+        age = f"{(time.time() - facts.created_at) / 60:.0f} min" if facts.created_at else "-"
+        state = store.condition(name, thorough=True)
+        print(f"{name:18}{facts.vcpus:>5}{facts.memory_mib:>6} MiB{held:>5} MiB{age:>9}  {state}")
+    print(f"together {total >> 20} MiB, at most {store.most_mib} MiB are kept (templates.most_mib)")

@@ -27,6 +27,8 @@ DEFAULT_CPU_PERIOD = 100_000
 # The descriptions complete the sentence "allowed is ..." of an error message.
 Memory = Annotated[int, Meta(ge=MIN_MEMORY_MIB, description=f"a whole number of at least {MIN_MEMORY_MIB} (MiB)")]
 Count = Annotated[int, Meta(ge=1, description="a whole number of at least 1")]
+Mebibytes = Annotated[int, Meta(ge=1, description="a whole number of at least 1 (MiB)")]
+Switch = Annotated[bool, Meta(description="true or false")]
 CountOrZero = Annotated[int, Meta(ge=0, description="a whole number, 0 for as many as the host has")]
 Seconds = Annotated[float, Meta(gt=0, le=86400, description="a number of seconds above 0, at most 86400")]
 AbsolutePath = Annotated[str, Meta(pattern="^/", description="an absolute path")]
@@ -72,10 +74,12 @@ class Timeouts(Struct, frozen=True):
 
 
 class Templates(Struct, frozen=True):
-    """`[templates]`: where saved VMs are kept, on tmpfs, and how many of them."""
+    """`[templates]`: where saved VMs are kept, on tmpfs, how many and how large, and whether starts wait for one."""
 
     directory: AbsolutePath = "/dev/shm/pymicro-templates"  # noqa: S108  # created for root alone
     most: Count = 8
+    most_mib: Mebibytes = 512
+    wait: Switch = True
 
 
 class Annotations(Struct, frozen=True):

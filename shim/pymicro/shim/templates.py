@@ -2,73 +2,96 @@
 
 A start from a template skips the guest's boot. Nothing of a pod is in one: no share, no vsock, no name, and entropy
 and clock are set anew in each clone. Templates lie on tmpfs, readable by root alone, one per key of all that shapes
-them.
+them. Here they are found and removed, by plain code that is cheap to import; `template_builder` makes them.
 """
 
-import asyncio
-import fcntl
 import hashlib
 import json
-import logging
 import os
-import shutil
 import stat
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pymicro.shim.errors import InvalidSettings, ShimError, StepTimeout
-from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Template, VmSpec
-from pymicro.shim.spawn import Place
+from pymicro.shim import template_files as files
+from pymicro.shim.errors import InvalidSettings
+from pymicro.shim.filelock import FileLock, try_lock
+from pymicro.shim.template_files import Damaged, Facts
 from pymicro.wire import messages
 
-logger = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.shim.hypervisor.base import Hypervisor, Origin, Template, VmSpec
 
-MANIFEST, MEMORY, STATE = "manifest.json", "memory", "state"
-_POLL = 0.02
-
-
-class Damaged(Exception):  # a finding, as the errors of errors.py are
-    """A template that must not be used; says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """A template's shape, when it was made (seconds since the epoch), and the bytes of tmpfs that its RAM holds."""
-
-    vcpus: int
-    memory_mib: int
-    created_at: float
-    held_bytes: int
+OK = "ok"
+_NAME_LENGTH = 16
+_FIRST_CPU = 16 * 1024
+"""Characters of /proc/cpuinfo that hold one CPU for certain: all of a large host's take long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Where templates are kept, and how many. `timeout` (seconds) bounds the boot of a VM that becomes one."""
+    """Where templates are kept, how many, and how many MiB of the file system all of them may hold."""
 
     directory: Path
     most: int
-    timeout: float
+    most_mib: int
 
-    async def origin(self, spec: VmSpec, hypervisor: Hypervisor, place: Place) -> Origin:
-        """Return the template for `spec`, built now if there is none yet; a cold boot, with a warning, if that
-        fails.
+    def look_up(self, name: str, *, locked: bool = False) -> "Origin | None":
+        """Return what a start goes on from, None if the template `name` is still to be made.
+
+        A damaged one is discarded, with a warning, and this start is a cold boot: whatever damaged it may be at work
+        still. `locked` says that the caller holds the template's lock.
         """
         try:
-            self._claim()
-            name = key(spec, hypervisor)
-            if template := self.find(name):
-                return template
-            async with self._locked(name):
-                return self.find(name) or await self._build(name, spec, hypervisor, place)
-        except (ShimError, OSError) as error:
-            logger.warning("no template for this pod, it boots cold: %s", error)
-            return Boot()
+            self.claim()
+            try:
+                return self._sound(name)
+            except Damaged:
+                if locked:
+                    return self._sound_or_removed(name)
+                if (lock := self.try_lock(name)) is None:  # whoever has it looks for itself
+                    raise
+                with lock:
+                    return self._sound_or_removed(name)
+        except Damaged as error:
+            return _cold(f"template {name} is discarded: {error}")
+        except (InvalidSettings, OSError) as error:
+            return _cold(str(error))
 
-    def _claim(self) -> None:
+    def find(self, name: str) -> "Template | None":
+        """Return the template called `name` if there is one that can be used; a damaged one is discarded."""
+        from pymicro.shim.hypervisor.base import Template
+
+        found = self.look_up(name)
+        return found if isinstance(found, Template) else None
+
+    def template(self, name: str) -> "Template":
+        """Return the template `name`, which the caller knows to be sound."""
+        from pymicro.shim.hypervisor.base import Template
+
+        where = self.directory / name
+        return Template(where / files.MEMORY, where / files.STATE)
+
+    def _sound(self, name: str) -> "Template | None":
+        """Return the template, None if there is none. Raises Damaged."""
+        try:
+            files.check(self.directory / name, name)
+        except FileNotFoundError:
+            return None
+        with suppress(OSError):
+            os.utime(self.directory / name)  # for names(): it was used
+        return self.template(name)
+
+    def _sound_or_removed(self, name: str) -> "Template | None":
+        """Look under the template's lock, so that one which was just put in its place is not taken for the old one."""
+        try:
+            return self._sound(name)
+        except Damaged:
+            self.remove(name)
+            raise
+
+    def claim(self) -> None:
         """Make the directory; refuse one that others control, since they would own what every VM starts from.
 
         tmpfs is where everybody may create files, so somebody may have been there first. Raises InvalidSettings,
@@ -81,166 +104,132 @@ class Store:
                 f"{self.directory} (templates.directory) must be a directory that only this user can enter; remove it"
             )
 
-    def find(self, name: str) -> Template | None:
-        """Return the template called `name`; a damaged one is discarded with a warning."""
-        where = self.directory / name
-        try:
-            return _checked(where, name)
-        except FileNotFoundError:
-            if where.exists():
-                self.discard(name, "a file of it is missing")
-        except (Damaged, OSError, ValueError) as error:
-            self.discard(name, str(error))
-        return None
+    def try_lock(self, name: str) -> FileLock | None:
+        """Return the lock that whoever makes the template `name` holds, None if somebody has it. Raises OSError."""
+        return try_lock(str(self.directory / f"{name}.lock"))
+
+    def scratch(self, name: str, purpose: str = "") -> Path:
+        """Return where this process makes or removes a template; `state.free` finds it by the pid."""
+        return self.directory / f"{name}{purpose}.{os.getpid()}"
 
     def discard(self, name: str, why: str) -> None:
         """Remove a template and say why."""
-        logger.warning("template %s is discarded: %s", name, why)
-        self.remove(name)
+        import logging
+
+        logging.getLogger(__name__).warning("template %s is discarded: %s", name, why)
+        with suppress(OSError):  # a start goes on without it
+            self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Remove a template. VMs that were started from it go on: they have copies."""
-        shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Remove a template, at once for whoever looks for it. VMs that were started from it go on. Raises OSError."""
+        leaving = self.scratch(name, ".removed")
+        delete(leaving)
+        with suppress(FileNotFoundError):
+            os.rename(self.directory / name, leaving)
+        delete(leaving)
 
-    def is_sound(self, name: str) -> bool:
-        """Tell whether the template can be used as far as its files go."""
+    def condition(self, name: str, *, thorough: bool = False) -> str:
+        """Return OK, or what is wrong with a template; `thorough` reads its RAM through."""
         try:
-            _checked(self.directory / name, name)
-        except (Damaged, OSError, ValueError):
-            return False
-        return True
+            manifest = files.check(self.directory / name, name, thorough=thorough)
+        except FileNotFoundError:
+            return "gone"
+        except Damaged as error:
+            return f"damaged: {error}"
+        return f"stale: {why}" if (why := files.staleness(manifest)) else OK
 
-    def facts(self, name: str) -> "Facts":
+    def facts(self, name: str) -> Facts:
         """Return what is known of a template; zeros where its files do not say."""
-        memory = self.directory / name / MEMORY
-        held = memory.stat().st_blocks * 512 if memory.exists() else 0
-        try:
-            recorded = json.loads((self.directory / name / MANIFEST).read_text(encoding="utf-8"))
-            return Facts(recorded["vcpus"], recorded["memory_mib"], recorded["created_at"], held)
-        except (OSError, ValueError, KeyError, TypeError):
-            return Facts(0, 0, 0.0, held)
+        return files.facts(self.directory / name)
 
     def names(self) -> list[str]:
         """Return the names of all templates, the least recently used first."""
-        with suppress(FileNotFoundError):
-            found = [entry for entry in os.scandir(self.directory) if entry.is_dir() and "." not in entry.name]
-            return [entry.name for entry in sorted(found, key=lambda entry: entry.stat().st_mtime)]
-        return []
+        found = []
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                if _is_name(entry.name):
+                    found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
+        return [name for _, name in sorted(found)]
 
-    async def _build(self, name: str, spec: VmSpec, hypervisor: Hypervisor, place: Place) -> Template:
-        """Boot a VM as far as the agent goes without its pod, save it, and put it in its place in one step."""
-        self._sweep(name)
-        scratch = self.directory / f"{name}.{os.getpid()}"
-        begun = time.monotonic()
+    def prune(self, *, thorough: bool = False) -> dict[str, str]:
+        """Remove what no start can use: damaged, stale and half-made templates. Return each with the reason."""
+        removed = {}
+        for name in self.names():
+            if self.condition(name, thorough=thorough) != OK and (lock := self.try_lock(name)):
+                with lock:
+                    if (condition := self.condition(name, thorough=thorough)) != OK:
+                        self.remove(name)
+                        removed[name] = condition
+        for name in {entry.name.partition(".")[0] for entry in self._entries() if "." in entry.name}:
+            if _is_name(name) and (lock := self.try_lock(name)):
+                with lock:
+                    removed.update(self.sweep(name))
+        return removed
+
+    def sweep(self, name: str) -> dict[str, str]:
+        """Remove what killed builders of `name` have left. The caller holds its lock, so nobody else makes it."""
+        left = [entry for entry in self._entries() if entry.name.startswith(f"{name}.")]
+        halves = [entry for entry in left if entry.is_dir(follow_symlinks=False)]
+        for half in halves:
+            delete(Path(half.path))
+        return {half.name: "half-made: its builder is gone" for half in halves}
+
+    def bound(self, newest: str) -> list[str]:
+        """Remove the least recently used ones but `newest` until number and bytes are in bounds; return their names."""
+        held = {name: files.held_bytes(self.directory / name) for name in self.names()}
+        others = [name for name in held if name != newest]
+        removed = []
+        while others and (len(held) > self.most or sum(held.values()) > self.most_mib << 20):
+            removed.append(others.pop(0))
+            del held[removed[-1]]
+            self.remove(removed[-1])
+        return removed
+
+    def _entries(self) -> "list[os.DirEntry[str]]":
         try:
-            scratch.mkdir(mode=0o700)
-            memory, state = scratch / MEMORY, scratch / STATE
-            with open(memory, "xb") as file:
-                os.truncate(file.fileno(), spec.memory_mib << 20)
-            async with hypervisor.take_over(hypervisor.spawn(spec, Boot(memory), place, ())) as vm:
-                await vm.resume()
-                await self._ready(vm.console_says(messages.READY))
-                await vm.save(state)
-            _write_manifest(scratch, name, spec)
-            os.rename(scratch, self.directory / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        logger.info("built template %s in %.1f s", name, time.monotonic() - begun)
-        self._prune(keep=name)
-        return _checked(self.directory / name, name)
-
-    async def _ready(self, waiting: Any) -> None:  # an awaitable of whatever
-        try:
-            async with asyncio.timeout(self.timeout):
-                await waiting
-        except TimeoutError:
-            raise StepTimeout(f"the guest was not ready in {self.timeout:g} s (timeouts.hello)") from None
-
-    def _sweep(self, name: str) -> None:
-        """Remove what a builder that was killed has left. The lock is ours, so nobody else builds it."""
-        for leftover in self.directory.glob(f"{name}.*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    def _prune(self, keep: str) -> None:
-        others = [name for name in self.names() if name != keep]
-        for name in others[: max(0, len(others) + 1 - self.most)]:
-            logger.info("template %s is removed: %d are kept (template.most)", name, self.most)
-            self.remove(name)
-
-    @asynccontextmanager
-    async def _locked(self, name: str) -> AsyncIterator[None]:
-        """Hold the lock of the template `name`, which whoever builds it holds; it goes with its holder."""
-        fd = os.open(self.directory / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            async with asyncio.timeout(self.timeout):
-                while not _try_lock(fd):
-                    await asyncio.sleep(_POLL)
-            yield
-        except TimeoutError:
-            raise StepTimeout(f"another start did not finish template {name} in {self.timeout:g} s") from None
-        finally:
-            os.close(fd)
+            with os.scandir(self.directory) as entries:
+                return list(entries)
+        except FileNotFoundError:
+            return []
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def key(spec: "VmSpec", hypervisor: "Hypervisor") -> str:
+    """Return the name of the template for `spec` on this host: 16 hex digits of everything that shapes it.
+
+    Raises OSError.
+    """
+    versions = f"{messages.PROTOCOL_VERSION} {files.FORMAT}"
+    facts = [hypervisor.identity(spec), _host_cpu(), versions, json.dumps(files.sources(spec))]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:_NAME_LENGTH]
 
 
-def key(spec: VmSpec, hypervisor: Hypervisor) -> str:
-    """Return the name of the template for `spec` on this host: 16 hex digits of everything that shapes it."""
-    facts = [hypervisor.identity(spec), _host_cpu(), str(messages.PROTOCOL_VERSION)]
-    for path in (spec.kernel, spec.image):
-        status = path.stat()
-        facts.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}")
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+def _is_name(name: str) -> bool:
+    """Tell templates from whatever else lies there: a setting may name a directory that is not ours alone."""
+    return len(name) == _NAME_LENGTH and not name.strip("0123456789abcdef")
 
 
 def _host_cpu() -> str:
     """The first CPU's model and flags: a VM saved with them must not go on without them."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        first = file.read().partition("\n\n")[0]
+        first = file.read(_FIRST_CPU).partition("\n\n")[0]
     return "\n".join(line for line in first.splitlines() if line.startswith(("vendor", "model", "stepping", "flags")))
 
 
-def _write_manifest(scratch: Path, name: str, spec: VmSpec) -> None:
-    shape = {"vcpus": spec.vcpus, "memory_mib": spec.memory_mib}
-    facts = {"name": name, "created_at": time.time(), **shape, **_fingerprints(scratch)}
-    with open(scratch / MANIFEST, "x", encoding="utf-8") as file:
-        json.dump({**facts, "sha256": _digest(facts)}, file)
+def _cold(why: str) -> "Origin":
+    """Return a cold boot, having said why."""
+    import logging
+
+    from pymicro.shim.hypervisor.base import Boot
+
+    logging.getLogger(__name__).warning("no template for this pod, it boots cold: %s", why)
+    return Boot()
 
 
-def _checked(where: Path, name: str) -> Template:
-    """Return the template in `where`. Raises Damaged, FileNotFoundError, OSError, ValueError (its manifest)."""
-    with open(where / MANIFEST, encoding="utf-8") as file:
-        facts = json.load(file)
-    digest = facts.pop("sha256", None) if isinstance(facts, dict) else None
-    if not digest or facts.get("name") != name or digest != _digest(facts):
-        raise Damaged("its manifest is another template's, or damaged")
-    now = _fingerprints(where)
-    if changed := [fact for fact, value in now.items() if facts.get(fact) != value]:
-        raise Damaged(f"it has changed since it was made: {', '.join(changed)}")
-    with suppress(OSError):
-        os.utime(where)  # for names(): it was used
-    return Template(where / MEMORY, where / STATE)
+def delete(path: Path) -> None:
+    """Remove `path`, whatever it is, if it is there."""
+    import shutil
 
-
-def _fingerprints(where: Path) -> dict[str, Any]:
-    """What shows any later change of the two files.
-
-    RAM is too large to be read at every start. A change of a file, by whatever means, changes its ctime, which nobody
-    can set.
-    """
-    memory = (where / MEMORY).stat()
-    return {
-        "memory": [memory.st_size, memory.st_ino, memory.st_mtime_ns, memory.st_ctime_ns],
-        "state": hashlib.sha256((where / STATE).read_bytes()).hexdigest(),
-    }
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
