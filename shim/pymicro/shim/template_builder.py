@@ -22,10 +22,10 @@ from pymicro.wire import messages
 logger = logging.getLogger(__name__)
 
 _POLL = 0.02
-_USUAL_MIB = 96
-"""More than a template of a small VM holds (45 MiB, with kernel, agent and page cache)."""
-_PAGE_TABLE_SHARE = 64
-"""Linux describes each page of 4 KiB in 64 bytes of RAM, so a larger VM has a larger template."""
+_USUAL_MIB, _SHARE = 96, 48
+"""More than a template holds is this many MiB and this part of the VM's memory. A small VM's holds 45 MiB, with kernel,
+agent and page cache; Linux's tables take 1/54 of the RAM, its bounce buffers 64 MiB where some RAM lies above 4 GiB.
+"""
 _FULL = 1 << 20
 """Bytes: with fewer left, a file system is what a failed builder failed of."""
 
@@ -138,10 +138,10 @@ class Builder:
             )
 
     def _likely_mib(self, spec: VmSpec) -> int:
-        """Return how much a template for `spec` takes: as much as one of its size, else what is known of Linux."""
+        """Return how much a template for `spec` takes: as much as one of its size, or what is known of Linux."""
         known = [self.store.facts(name) for name in self.store.names()]
         alike = [(facts.held_bytes >> 20) + 1 for facts in known if facts.memory_mib == spec.memory_mib]
-        return min([spec.memory_mib, _USUAL_MIB + spec.memory_mib // _PAGE_TABLE_SHARE, *alike])
+        return min([spec.memory_mib, _USUAL_MIB + spec.memory_mib // _SHARE, *alike])
 
     def _refuse_too_large(self, held: int) -> None:
         if held > self.store.most_mib << 20:
