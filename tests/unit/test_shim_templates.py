@@ -290,7 +290,7 @@ async def test_pages_that_a_private_mapping_reads_are_no_damage() -> None:
 
 
 @asynchronous
-async def test_write_through_an_old_mapping_is_found_by_those_who_read_the_memory() -> None:
+async def test_write_through_a_mapping_is_found_by_those_who_read_the_memory() -> None:
     """Such a write does not change the file's times on tmpfs."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         bench = bench_in(Path(directory))
@@ -409,6 +409,18 @@ def test_lock_of_a_file_that_its_holder_has_removed_is_none(tmp_path: Path, monk
         assert filelock.try_lock(path) is None
         second.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_whose_file_somebody_has_removed_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first = filelock.try_lock(str(path))
+    assert first
+    path.unlink()
+    second = filelock.try_lock(str(path))
+    assert second
+    first.release()
+    assert filelock.try_lock(str(path)) is None
+    second.release()
 
 
 # --- a pod over a template

@@ -74,7 +74,7 @@ def check(where: Path, name: str, *, thorough: bool = False) -> Json:
     """Return the manifest of the template in `where`. Raises FileNotFoundError if there is none, Damaged.
 
     A start does not read the RAM: it is too large. A change of a file changes its ctime, which nobody can set; only a
-    write through a mapping that somebody has had since the template was made does not. `thorough` reads it.
+    write through a mapping need not, on tmpfs. `thorough` reads it.
     """
     if not stat.S_ISDIR(os.lstat(where).st_mode):
         raise Damaged("it is no directory")
