@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 import msgspec
 from pymicro.shim import guestspec, host, rootfs, syscalls
 from pymicro.shim.agent import AgentClient
-from pymicro.shim.boot import Booted, boot, pod_place, setup_message
+from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.config import Settings, load
 from pymicro.shim.hypervisor.base import Boot
+from pymicro.shim.ignition import Ignition, ignite, make_plan
 from pymicro.shim.timeline import Timeline
 
 from tests.bench.workload import Workload, prepared
@@ -72,17 +73,23 @@ choose_accel = functools.cache(host.choose_accel)
 # -- the one place that knows how a VM is brought up -------------------------------------------------------------------
 
 
-async def _rise(settings: Settings, directory: Path, workload: Workload) -> tuple[float, float]:
+def _start(settings: Settings, directory: Path, workload: Workload) -> tuple[float, float]:
     """Bring the VM up, run the container; return the seconds until the hello and until the exit."""
     begun = time.monotonic()
-    with pod_place(str(directory), workload.id, workload.bundle, _ignore) as place:
-        timeline = Timeline(time.monotonic_ns())
-        async with boot(place, workload.bundle, settings, _no_streams, _ignore, timeline) as booted:
-            ready = time.monotonic() - begun
-            if isinstance(booted.origin, Boot) != (settings.vm.start == "boot"):
-                raise RuntimeError(f"the VM was not started as asked but from {booted.origin}")
-            await _run(booted, settings, directory, workload)
-            return ready, time.monotonic() - begun
+    timeline = Timeline(time.monotonic_ns())
+    plan = make_plan(workload.bundle, settings)
+    with closing(ignite(plan, str(directory), workload.id, _ignore, timeline)) as ignition:
+        return asyncio.run(_rise(ignition, timeline, workload, begun))
+
+
+async def _rise(ignition: Ignition, timeline: Timeline, workload: Workload, begun: float) -> tuple[float, float]:
+    settings, directory = ignition.plan.settings, ignition.place.directory
+    async with boot(ignition, _no_streams, _ignore, timeline) as booted:
+        ready = time.monotonic() - begun
+        if isinstance(booted.origin, Boot) != (settings.vm.start == "boot"):
+            raise RuntimeError(f"the VM was not started as asked but from {booted.origin}")
+        await _run(booted, settings, directory, workload)
+        return ready, time.monotonic() - begun
 
 
 async def _run(booted: Booted, settings: Settings, directory: Path, workload: Workload) -> None:
@@ -127,7 +134,7 @@ def _measure(settings: Settings, workload: Workload) -> Json:
     imported = set(sys.modules)
     rootfs.private_namespace()
     try:
-        ready, run = asyncio.run(_rise(settings, directory, workload))
+        ready, run = _start(settings, directory, workload)
     finally:
         rootfs.unmount_below(str(directory))
         shutil.rmtree(directory)

@@ -16,6 +16,7 @@ from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
 from pymicro.shim.helper import Helper, watched
 from pymicro.shim.hypervisor.base import Boot, Origin, Share, Vm, VmExit, VmSpec, Vsock
 from pymicro.shim.ignition import Ignition, Note, Started
+from pymicro.shim.template_builder import Builder
 from pymicro.shim.timeline import Timeline
 from pymicro.wire import frames, messages
 
@@ -74,15 +75,16 @@ async def boot(
     plan = ignition.plan
     started = ignition.take()
     if started is None:
-        started = ignition.start(await plan.templates.origin(plan.spec, plan.hypervisor, ignition.place))
+        builder = Builder(plan.templates, plan.settings.timeouts.hello, plan.settings.templates.wait)
+        started = ignition.start(await builder.origin(plan.spec, plan.hypervisor, ignition.place))
         begun = timeline.span("template", begun)
     ascent = Ascent(ignition, take_stream, note)
     async with AsyncExitStack() as stack:
         try:
             booted, hello = await ascent.attempt(stack, started)
-        except (SandboxDied, StepTimeout) as error:
+        except (SandboxDied, StepTimeout, OSError) as error:
             if isinstance(started.origin, Boot):
-                raise _diagnosed(error, plan.spec) from error
+                raise (_diagnosed(error, plan.spec) if isinstance(error, ShimError) else error) from error
             plan.templates.discard(started.origin.memory.parent.name, f"a VM restored from it failed: {error}")
             try:
                 booted, hello = await ascent.attempt(stack, ignition.start(Boot()))

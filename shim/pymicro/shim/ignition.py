@@ -4,6 +4,7 @@ It runs before asyncio and what rests on it are imported, which takes as long as
 the same time. `boot` is the second half.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from typing import Any, Protocol
 from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, vm_size
-from pymicro.shim.errors import ShimError
 from pymicro.shim.hypervisor import registry, virtiofsd
-from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, Template, VmSpec, Vsock
 from pymicro.shim.netns import pod_netns
 from pymicro.shim.spawn import Child, Place
 from pymicro.shim.templates import Store, key
 from pymicro.shim.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 
 class Note(Protocol):
@@ -67,7 +69,7 @@ def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
 
 def template_store(settings: Settings) -> Store:
     """Return this host's templates."""
-    return Store(Path(settings.templates.directory), settings.templates.most, settings.timeouts.hello)
+    return Store(Path(settings.templates.directory), settings.templates.most, settings.templates.most_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,23 @@ class Ignition:
     def _origin(self) -> Origin | None:
         if self.plan.settings.vm.start == "boot":
             return Boot()
-        with suppress(ShimError, OSError):  # the store will say it when it is asked to make the template
-            return self.plan.templates.find(key(self.plan.spec, self.plan.hypervisor))
+        with suppress(OSError):  # whoever makes the template meets it again, and says it
+            return self.plan.templates.look_up(key(self.plan.spec, self.plan.hypervisor))
         return None
 
     def start(self, origin: Origin) -> Started:
-        """Start virtiofsd and the VMM, which connects to it in its own time. Raises HostMissing."""
+        """Start virtiofsd and the VMM, which connects to it in its own time; a cold boot, with a warning, where a
+        template has gone meanwhile. Raises HostMissing.
+        """
+        try:
+            return self._start(origin)
+        except OSError as error:
+            if not isinstance(origin, Template):
+                raise
+            logger.warning("the template cannot be read, this pod boots cold: %s", error)
+            return self._start(Boot())
+
+    def _start(self, origin: Origin) -> Started:
         plan, place = self.plan, self.place
         share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
         try:

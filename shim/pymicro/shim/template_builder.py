@@ -106,7 +106,7 @@ class Builder:
         memory = scratch / files.MEMORY
         with open(memory, "xb") as file:
             os.truncate(file.fileno(), spec.memory_mib << 20)
-        async with hypervisor.launch(spec, Boot(memory), place) as vm:
+        async with hypervisor.take_over(hypervisor.spawn(spec, Boot(memory), place, ())) as vm:
             await vm.resume()
             await self._ready(vm.console_says(messages.READY))
             await vm.save(scratch / files.STATE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, closing
 from dataclasses import dataclass
 
-from pymicro.shim.hypervisor.base import Device, Origin, Share, Template, Vm, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Device, Origin, Template, Vm, VmSpec, Vsock
 from pymicro.shim.hypervisor.qemu import cmdline
 from pymicro.shim.hypervisor.qemu.memory import Ram
 from pymicro.shim.hypervisor.qemu.vsock import VsockBackend, open_vsock
@@ -58,15 +58,12 @@ class Qemu:
                 undo.callback(vsock.close)
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
-            # whoever serves a device from another process must share the guest's memory; the kernel need not
-            shared = Share in devices or (vsock is not None and vsock.child is not None)
-            with theirs, closing(Ram(spec, origin, copied=shared)) as ram:
+            with theirs, closing(Ram(spec, origin)) as ram:
                 words = cmdline.command(
                     spec,
                     monitor_fd=theirs.fileno(),
                     tsc_khz=self.tsc_khz,
                     memory=ram.path,
-                    shared=shared or not isinstance(origin, Template),
                     incoming=isinstance(origin, Template),
                 )
                 child = spawn("qemu", words, place, [theirs.fileno(), *ram.fds])

@@ -50,13 +50,11 @@ def command(
     monitor_fd: int,
     tsc_khz: int,
     memory: str | None = None,
-    shared: bool = True,
     incoming: bool = False,
 ) -> list[str]:
     """Return the words that start QEMU for `spec`, paused, its monitor on the connected socket `monitor_fd`.
 
-    RAM lies in the file `memory`, or in memory of QEMU's own; others may map it too if it is `shared`, else QEMU maps
-    the file copy-on-write. With `incoming` the VM waits for a saved one's state.
+    RAM lies in the file `memory`, or in memory of QEMU's own. With `incoming` the VM waits for a saved one's state.
     The guest's console is QEMU's stdout.
     """
     # kvm-clock tells the time under KVM; without it a kernel that finds no clock chip waits a second for one
@@ -76,7 +74,8 @@ def command(
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
-        *("-object", f"{backend},id=ram,size={spec.memory_mib}M,share={'on' if shared else 'off'}"),
+        # vhost-user devices read the guest's memory themselves, so it must be shared
+        *("-object", f"{backend},id=ram,size={spec.memory_mib}M,share=on"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-global", "virtio-mmio.force-legacy=false"),

@@ -17,11 +17,14 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class Ram:
     """The file that backs a VM's memory; `path` is None where QEMU makes it itself."""
 
-    def __init__(self, spec: VmSpec, origin: Origin, *, copied: bool) -> None:
-        """A template's RAM is copied for those who must share it, else mapped copy-on-write by QEMU."""
+    def __init__(self, spec: VmSpec, origin: Origin) -> None:
+        """A template's RAM is copied, not mapped copy-on-write: virtiofsd must share it with QEMU.
+
+        And a private mapping of a sparse file on tmpfs fills the file's own holes where the clone reads or writes.
+        """
         self.fds: list[int] = []
         self.path = str(origin.memory) if origin.memory else None
-        self._template = origin.memory if isinstance(origin, Template) and copied else None
+        self._template = origin.memory if isinstance(origin, Template) else None
         if self._template:
             fd = os.memfd_create("pymicro-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.fds.append(fd)
