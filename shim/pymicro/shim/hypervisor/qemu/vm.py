@@ -58,7 +58,13 @@ class QemuVm:
 
     async def connect(self, monitor: socket.socket) -> None:
         """Shake hands with the monitor."""
-        await self._step("its monitor", self._qmp.connect(monitor))
+        await self._step("its monitor", self._connected(monitor))
+
+    async def _connected(self, monitor: socket.socket) -> None:
+        try:
+            await self._qmp.connect(monitor)
+        except AssertionError as error:  # the library is sure of a connection that has broken meanwhile
+            raise EOFError("QEMU ended while its monitor was being connected") from error
 
     async def disconnect(self) -> None:
         """Let the monitor go; whatever it says is of no interest any more."""
