@@ -6,14 +6,16 @@ whoever was killed when.
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from pymicro.shim import syscalls as sys
 from pymicro.shim.errors import InvalidRequest
-from pymicro.shim.requests import Mount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pymicro.shim.requests import Mount
 
 _FLAGS = {
     "ro": sys.MS_RDONLY,
@@ -65,7 +67,7 @@ def split_options(options: Iterable[str]) -> tuple[int, str]:
     return flags, ",".join(data)
 
 
-def mount_rootfs(mounts: Sequence[Mount], target: str) -> None:
+def mount_rootfs(mounts: "Sequence[Mount]", target: str) -> None:
     """Mount a snapshotter's list, in order, at `target` (each at its own `target` below, where it names one).
 
     Raises InvalidRequest naming the mount that failed.
@@ -145,6 +147,8 @@ def remove_tree(directory: str) -> None:
         if os.path.islink(directory):
             os.unlink(directory)
         else:
+            import shutil
+
             shutil.rmtree(directory)  # goes by directory descriptors, so that renaming does not deceive it
 
 
