@@ -8,6 +8,7 @@
 PYTHON     ?= /usr/bin/python3
 CONTAINERD ?= 2.1
 DEV        ?= build/dev
+START      ?= snapshot
 PREFIX     ?= /opt/pymicro
 DESTDIR    ?=
 TESTS      ?=
@@ -32,7 +33,7 @@ PACKAGES := \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check unit integration e2e bench kernel rootfs protos install uninstall up down clean
+.PHONY: help run test check unit integration e2e slow bench kernel rootfs protos install uninstall up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,7 +50,7 @@ down: ## stop it, and whatever an interrupted run or test has left; nothing stay
 
 # -- testing -----------------------------------------------------------------------------------------------------------
 test: ready check $(STAMPS)/go ## run all checks and all tests except the slow ones (PYTEST="-k word" chooses)
-	$(SUDO) $(VENV)/pytest -m "not slow" tests/unit tests/conformance tests/integration tests/e2e $(PYTEST)
+	$(SUDO) $(VENV)/pytest -m "not slow" --start=$(START) tests/unit tests/conformance tests/integration tests/e2e $(PYTEST)
 
 check: .venv/.installed ## lint, formatting, types, import rules, generated code
 	$(VENV)/ruff check
@@ -64,8 +65,11 @@ unit: .venv/.installed $(STAMPS)/go ## run the tests that need neither root nor 
 integration: ready $(STAMPS)/go ## run the tests of the pieces against real QEMU, virtiofsd and containerd
 	$(SUDO) $(VENV)/pytest -m "not slow" tests/integration $(PYTEST)
 
-e2e: ready ## run the tests that start containers through a real containerd
-	$(SUDO) $(VENV)/pytest -m "not slow" tests/e2e $(PYTEST)
+e2e: ready ## run the tests that start containers through a real containerd (START=boot: without snapshots)
+	$(SUDO) $(VENV)/pytest -m "not slow" --start=$(START) tests/e2e $(PYTEST)
+
+slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" shortens the longest)
+	$(SUDO) $(VENV)/pytest -m slow --start=$(START) tests/integration tests/e2e $(PYTEST)
 
 bench: ready ## measure starts, exec, memory and throughput against runc and the bare QEMU (ROUNDS=2 WAVES=1,5 IDLE=1,5)
 	$(SUDO) env $(foreach name,ROUNDS WAVES IDLE MEGABYTES,$(if $($(name)),$(name)=$($(name)))) $(VENV)/python -m tests.bench

@@ -1,7 +1,7 @@
 """Fixtures of all tests, named after the stages of a life cycle: a containerd that runs, a client, a running container.
 
 `--containerd=1.6,1.7,2.1` runs every test that uses containerd against each of these versions; without it they use the
-newest, and those marked `every_containerd` all of them.
+newest, and those marked `every_containerd` all of them. `--start=boot` has every VM boot its own kernel.
 """
 
 import os
@@ -22,6 +22,13 @@ LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--containerd", default="", help="versions to test against: 1.6,1.7,2.1 (default: the newest)")
     parser.addoption("--runtime", default=PYMICRO, help="the runtime under test; io.containerd.runc.v2 tests the tests")
+    parser.addoption(
+        "--start",
+        choices=("snapshot", "boot"),
+        default="snapshot",
+        help="vm.start, unless a test chooses its own",
+    )
+    parser.addoption("--clones", type=int, default=1000, help="how many clones of one template the slow lane compares")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,7 +71,9 @@ def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Ite
     if os.geteuid():
         pytest.skip("containerd needs root")
     with claimed_directory(REPOSITORY / "build/test") as directory:
-        instance = Containerd(request.param, directory, namespace=f"test-{secrets.token_hex(3)}")
+        settings = {"vm": {"start": request.config.getoption("--start")}}
+        namespace = f"test-{secrets.token_hex(3)}"
+        instance = Containerd(request.param, directory, namespace=namespace, settings=settings)
         try:
             instance.start()
             yield instance
@@ -103,6 +112,13 @@ def ctr(containerd: Containerd, shared_pod: SharedPod, request: pytest.FixtureRe
     yield client
     client.clean_up()
     nothing.check()
+
+
+@pytest.fixture
+def only_our_runtime(request: pytest.FixtureRequest) -> None:
+    """Skip where another runtime is tested: what the test looks at is pymicro's own."""
+    if request.config.getoption("--runtime") != PYMICRO:
+        pytest.skip("these tests know how pymicro is built")
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ import pytest
 from pymicro.protos.task_pb2 import DeleteResponse
 
 from tests.framework.containerd import Containerd
-from tests.framework.ctr import PYMICRO, Ctr
+from tests.framework.ctr import Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
+
+pytestmark = pytest.mark.usefixtures("only_our_runtime")
 
 PROMPT = 2.0
 """Seconds in which whoever waits must hear of the end."""
@@ -25,12 +27,6 @@ STARTED = 0.5
 """Seconds between a process's appearance in the guest and the client's learning of its start, amply."""
 SLEEP = ("sleep", "100000")
 KILLED = 137
-
-
-@pytest.fixture(autouse=True)
-def only_our_runtime(request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("--runtime") != PYMICRO:
-        pytest.skip("these tests know how pymicro is built")
 
 
 def kill(sandbox: Sandbox, kind: str) -> None:
@@ -235,7 +231,7 @@ def test_a_vm_killed_while_starting(ctr: Ctr, leftovers: Leftovers, kind: str, d
 def templates(ctr: Ctr) -> Iterator[Path]:
     """Yield an empty directory for templates, so that the next start makes one."""
     with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
-        ctr.containerd.write_settings(templates={"directory": directory})
+        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
         yield Path(directory)
         ctr.containerd.write_settings()
 

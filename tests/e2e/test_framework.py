@@ -9,6 +9,7 @@ import pytest
 from tests.framework.containerd import Containerd
 from tests.framework.ctr import RUNC, Ctr
 from tests.framework.leftovers import Leftovers
+from tests.framework.shimlog import ShimLog
 
 SLEEP = ("sleep", "100000")
 
@@ -54,6 +55,21 @@ def test_what_is_left_behind_is_found(ctr: Ctr, leftovers: Leftovers) -> None:
         assert f"{kind} " in found
     container.remove()
     leftovers.check()
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_vms_start_as_the_whole_run_was_asked_for_whatever_else_a_test_sets(
+    ctr: Ctr, request: pytest.FixtureRequest
+) -> None:
+    log, container_id = ShimLog(ctr.containerd), ctr.new_id()
+    ctr.containerd.write_settings(timeouts={"hello": 61})
+    try:
+        assert ctr.run("true", container_id=container_id).returncode == 0
+    finally:
+        ctr.containerd.write_settings()
+
+    cold = request.config.getoption("--start") == "boot"
+    assert log.cold([container_id]) == ([container_id] if cold else [])
 
 
 def test_the_remains_of_a_killed_containerd_are_removed(ctr: Ctr, leftovers: Leftovers) -> None:

@@ -57,8 +57,17 @@ class Containerd:
     A long directory is served from a short link in /run, because socket paths are limited.
     """
 
-    def __init__(self, version: str, directory: Path, *, namespace: str = "default") -> None:
-        """`namespace` is what clients use unless they say otherwise."""
+    def __init__(
+        self,
+        version: str,
+        directory: Path,
+        *,
+        namespace: str = "default",
+        settings: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
+        """`namespace` is what clients use unless they say otherwise; `settings` are what every `write_settings` starts
+        from.
+        """
         if version not in VERSIONS:
             raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
         self.version = version
@@ -69,6 +78,7 @@ class Containerd:
         self.address = str(self.home / "containerd.sock")
         self.settings = self.home / "config.toml"
         self.namespace = namespace
+        self._usual_settings = settings or {}
         self._child: subprocess.Popen[bytes] | None = None
         self._extra_environment: Mapping[str, str] = {}
 
@@ -151,8 +161,14 @@ class Containerd:
             self._unlink_home()
 
     def write_settings(self, **tables: dict[str, object]) -> None:
-        """Write the shim's settings anew, `tables` over the defaults: `write_settings(timeouts={"hello": 1})`."""
-        write_settings(self.settings, **tables)
+        """Write the shim's settings, `tables` over this daemon's usual ones: `write_settings(timeouts={"hello": 1})`.
+
+        What a table does not name stays as usual, so a test need not know what the whole run was asked for.
+        """
+        usual = {name: dict(values) for name, values in self._usual_settings.items()}
+        for name, values in tables.items():
+            usual.setdefault(name, {}).update(values)
+        write_settings(self.settings, **usual)
 
     def responds(self) -> bool:
         """Say whether the daemon answers a client now."""
