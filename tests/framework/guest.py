@@ -128,6 +128,8 @@ class Guest:
         self.share = directory / "share"
         self.share.mkdir(parents=True)
         self.console = directory / "console.log"
+        self.machine_id = os.urandom(16).hex()
+        """What `setup` tells the guest to be its own."""
         self._stack = ExitStack()
         self._streams: dict[str, Connection] = {}
         self._events: list[Message] = []
@@ -224,7 +226,7 @@ class Guest:
             if not self._changed.wait_for(lambda: self._control, BOOT_TIMEOUT):
                 raise TimeoutError(f"no hello; the console says:\n{self.console.read_text()[-2000:]}")
         assert self._control
-        parameters = {"entropy": os.urandom(64).hex(), "hostname": "guest", "machine_id": os.urandom(16).hex()}
+        parameters = {"entropy": os.urandom(64).hex(), "hostname": "guest", "machine_id": self.machine_id}
         self.call("setup", time_ns=time.time_ns(), **parameters)
         return self._control.hello
 

@@ -60,6 +60,18 @@ async def test_guest_is_set_up_before_anything_else(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_each_guest_is_told_to_be_another_machine(tmp_path: Path) -> None:
+    told = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        async with pod(tmp_path / name) as p:
+            await p.create()
+            told.append(p.guest.requests[0][1])
+    for fact in ("entropy", "machine_id", "time_ns"):
+        assert told[0][fact] != told[1][fact]
+
+
+@asynchronous
 async def test_paths_and_tokens_that_the_guest_gets(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         await p.create()
