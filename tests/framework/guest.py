@@ -63,6 +63,7 @@ class Connection:
         self.socket = sock
         self._lock = threading.Lock()
         self.hello = self.receive()
+        self.heard_ns = time.time_ns()
 
     def receive(self) -> Message:
         """Return the next frame's message. Raises EOFError."""
@@ -227,7 +228,7 @@ class Guest:
                 raise TimeoutError(f"no hello; the console says:\n{self.console.read_text()[-2000:]}")
         assert self._control
         parameters = {"entropy": os.urandom(64).hex(), "hostname": "guest", "machine_id": self.machine_id}
-        self.call("setup", time_ns=time.time_ns(), **parameters)
+        self.call("setup", hello_time_ns=self._control.heard_ns, **parameters)
         return self._control.hello
 
     # The protocol

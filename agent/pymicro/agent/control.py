@@ -33,8 +33,11 @@ class Control:
     def __init__(self, connection: _socket.socket) -> None:
         self._connection = connection
         self._write_lock = allocate_lock()
+        self.hello_ns = 0
+        """When the hello was said, CLOCK_MONOTONIC: the host says what time it was then."""
 
     def say_hello(self, boot_ms: int) -> None:
+        self.hello_ns = time.monotonic_ns()
         self.send(
             {
                 "hello": "control",

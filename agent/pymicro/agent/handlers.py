@@ -46,10 +46,11 @@ class Agent:
         return container
 
 
-def setup(_agent: Agent, params: "Params") -> "Result":
+def setup(agent: Agent, params: "Params") -> "Result":
     """Make this VM unlike any other and mount the share: before anything of the pod runs."""
     add_entropy(bytes.fromhex(params["entropy"]))
-    time.clock_settime_ns(time.CLOCK_REALTIME, params["time_ns"])
+    since_hello = time.monotonic_ns() - agent.control.hello_ns
+    time.clock_settime_ns(time.CLOCK_REALTIME, params["hello_time_ns"] + since_hello)
     sethostname(params["hostname"])
     mounts.bind_machine_id(params["machine_id"])
     deadline = time.monotonic() + SHARE_LIMIT

@@ -32,11 +32,12 @@ _SAME_MOMENT = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Booted:
-    """A VM whose agent has said hello."""
+    """A VM whose agent has said hello, at `heard_ns` by the host's wall clock."""
 
     vm: Vm
     share: Helper
     control: Channel
+    heard_ns: int
     origin: Origin
     resumed_ns: int
 
@@ -109,12 +110,12 @@ class Ascent:
             share = await stack.enter_async_context(watched(started.share))
             vm = await stack.enter_async_context(self.ignition.plan.hypervisor.take_over(started.vmm))
             self.note(vmm_pid=vm.pid)
-            resumed, control, hello = await _while_running(share, self._wake(vm, stack))
-            booted = Booted(vm, share, control, started.origin, resumed)
+            resumed, greeting = await _while_running(share, self._wake(vm, stack))
+            booted = Booted(vm, share, greeting.channel, greeting.heard_ns, started.origin, resumed)
             outer.push_async_exit(stack.pop_all())
-            return booted, hello
+            return booted, greeting.hello
 
-    async def _wake(self, vm: Vm, stack: AsyncExitStack) -> tuple[int, Channel, dict[str, Any]]:
+    async def _wake(self, vm: Vm, stack: AsyncExitStack) -> tuple[int, "Greeting"]:
         """Give the paused VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello."""
         await vm.attach(Vsock())
         await vm.attach(Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock"))
@@ -122,7 +123,7 @@ class Ascent:
         resumed = time.monotonic_ns()
         greeter = Greeter(vm, self.take_stream)
         stack.push_async_callback(greeter.close)
-        return resumed, *await greeter.control(self.ignition.plan.settings.timeouts.hello)
+        return resumed, await greeter.control(self.ignition.plan.settings.timeouts.hello)
 
 
 async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
@@ -144,18 +145,27 @@ async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
         working.cancelled() or working.exception()  # it has been looked at
 
 
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """The control connection, its hello, and when that was heard: nanoseconds since the epoch."""
+
+    channel: Channel
+    hello: dict[str, Any]
+    heard_ns: int
+
+
 class Greeter:
     """Takes the connections that the guest opens: exactly one control connection, and streams that know a token."""
 
     def __init__(self, vm: Vm, take_stream: Callable[[object, Channel], None]) -> None:
         self._vm = vm
         self._take_stream = take_stream
-        self._control: asyncio.Future[tuple[Channel, dict[str, Any]]] = asyncio.get_running_loop().create_future()
+        self._control: asyncio.Future[Greeting] = asyncio.get_running_loop().create_future()
         self._greetings: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.create_task(self._accept(), name="greeter")
 
-    async def control(self, limit: float) -> tuple[Channel, dict[str, Any]]:
-        """Return the control connection and its hello. Raises SandboxDied, StepTimeout after `limit` seconds."""
+    async def control(self, limit: float) -> Greeting:
+        """Return the control connection with its hello. Raises SandboxDied, StepTimeout after `limit` seconds."""
         try:
             async with asyncio.timeout(limit):
                 return await asyncio.shield(self._control)
@@ -171,7 +181,7 @@ class Greeter:
         await asyncio.wait([self._accepting])
         self._control.cancel()
         if not self._control.cancelled() and self._control.exception() is None:
-            self._control.result()[0].close()  # nobody may have taken it
+            self._control.result().channel.close()  # nobody may have taken it
 
     async def _accept(self) -> None:
         try:
@@ -197,11 +207,12 @@ class Greeter:
             logger.warning("a connection from the guest said nothing sensible: %s", error)
             channel.close()
             return
+        heard_ns = time.time_ns()
         if hello.get("hello") == "stream":
             self._take_stream(hello.get("token"), channel)
         elif hello.get("hello") == "control" and not self._control.done():
             if hello.get("version") == messages.PROTOCOL_VERSION:
-                self._control.set_result((channel, hello))
+                self._control.set_result(Greeting(channel, hello, heard_ns))
             else:
                 channel.close()
                 self._control.set_exception(
@@ -216,10 +227,10 @@ class Greeter:
             channel.close()
 
 
-def setup_message(hostname: str) -> dict[str, Any]:
-    """Return the agent's `setup` parameters: what makes this VM unlike any other, taken now."""
+def setup_message(booted: Booted, hostname: str) -> dict[str, Any]:
+    """Return the agent's `setup` parameters: what makes this VM unlike any other."""
     return {
-        "time_ns": time.time_ns(),
+        "hello_time_ns": booted.heard_ns,
         "entropy": os.urandom(64).hex(),
         "hostname": hostname,
         "machine_id": os.urandom(16).hex(),
