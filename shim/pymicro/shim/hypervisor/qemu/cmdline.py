@@ -9,7 +9,10 @@ from pymicro.shim.hypervisor.base import VmSpec
 ROOT_PORTS = 6
 """Hot-plug slots: vsock, share, and four for NICs and disks."""
 
-LEAST_TRANSLATIONS_MIB = 16
+LEAST_TRANSLATIONS_MIB = 64
+"""The start of one container takes 40 MiB of translated code. With room for less QEMU throws all of it away half way, and
+again: with 32 MiB a start takes 1.2 times as long, with 16 MiB twice.
+"""
 
 # 1. tsc_early_khz and lpj: under TCG the machine has no timer to calibrate against; without them the kernel hangs.
 # 2. no_timer_check: there is no i8254 to check.
@@ -35,8 +38,8 @@ def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
 
 
 def translations_mib(memory_mib: int) -> int:
-    """Return how much of its translated code an emulated VM keeps, in MiB: QEMU's own default is a gigabyte."""
-    return max(LEAST_TRANSLATIONS_MIB, memory_mib // 8)
+    """Return how much of its translated code an emulated VM may keep, in MiB: QEMU's own default is a gigabyte."""
+    return max(LEAST_TRANSLATIONS_MIB, memory_mib // 4)
 
 
 def _value(text: str) -> str:
