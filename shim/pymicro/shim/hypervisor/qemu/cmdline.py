@@ -10,8 +10,8 @@ ROOT_PORTS = 6
 """Hot-plug slots: vsock, share, and four for NICs and disks."""
 
 LEAST_TRANSLATIONS_MIB = 64
-"""The start of one container takes 40 MiB of translated code. With room for less QEMU throws all of it away half way, and
-again: with 32 MiB a start takes 1.2 times as long, with 16 MiB twice.
+"""The start of one container takes 40 MiB of translated code. With room for less QEMU throws all of it away half way,
+and again: with 32 MiB a start takes 1.2 times as long, with 16 MiB twice.
 """
 
 # 1. tsc_early_khz and lpj: under TCG the machine has no timer to calibrate against; without them the kernel hangs.
