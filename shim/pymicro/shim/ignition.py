@@ -117,7 +117,7 @@ class Ignition:
         return None
 
     def start(self, origin: Origin) -> Started:
-        """Start virtiofsd and the VMM, which connects to it in its own time; a cold boot, with a warning, where a
+        """Start the VMM, which takes longest, and virtiofsd; a cold boot, with a warning, where a
         template has gone meanwhile. Raises HostMissing.
         """
         try:
@@ -130,12 +130,13 @@ class Ignition:
 
     def _start(self, origin: Origin) -> Started:
         plan, place = self.plan, self.place
-        share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
+        vmm = plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share))
         try:
-            return Started(origin, share, plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share)))
+            share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
         except BaseException:
-            share.end()
+            vmm.end()
             raise
+        return Started(origin, share, vmm)
 
     def take(self) -> Started | None:
         """Return what has been started, once: it is the caller's."""

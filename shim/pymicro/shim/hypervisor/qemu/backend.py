@@ -52,10 +52,6 @@ class Qemu:
     def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> SpawnedQemu:
         """Start QEMU for `spec`, paused, and what serves its vsock if that is among `devices`. Raises HostMissing."""
         with ExitStack() as undo:
-            vsock = None
-            if Vsock in devices:
-                vsock = open_vsock(self.vsock_program, place)
-                undo.callback(vsock.close)
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
             with theirs, closing(Ram(spec, origin)) as ram:
@@ -68,7 +64,11 @@ class Qemu:
                 )
                 child = spawn("qemu", words, place, [theirs.fileno(), *ram.fds])
                 undo.callback(child.end)
-                ram.fill()  # while QEMU starts
+                # while QEMU starts:
+                vsock = open_vsock(self.vsock_program, place) if Vsock in devices else None
+                if vsock:
+                    undo.callback(vsock.close)
+                ram.fill()
             undo.pop_all()
             return SpawnedQemu(child, ours, vsock, origin)
 
