@@ -22,6 +22,7 @@ MEGABYTE = 1e6
 KINDS = ("shim", "guard", "anchor", "qemu", "virtiofsd", "vhost-device-vsock")
 _PROGRAMS = {"qemu-system": "qemu", "virtiofsd": "virtiofsd", "vhost-device-vsock": "vhost-device-vsock"}
 _ANCHOR = "pymicro-anchor"
+_GUARD = "pymicro-guard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def processes(shim: int) -> Iterator[tuple[str, int]]:
     """Yield the pod's processes, each with its kind: the shim, its parent if that is a guard, and its descendants."""
     yield "shim", shim
     guard = int(Path(f"/proc/{shim}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
-    if _command(guard) == _command(shim):  # a fork of one `start`
+    if _command(guard)[0] == _GUARD:
         yield "guard", guard
     for pid in _descendants(shim):
         yield kind_of(Path(f"/proc/{pid}/comm").read_text(encoding="ascii").strip(), _command(pid)), pid

@@ -1,0 +1,65 @@
+"""`setup` makes a VM unlike its template: the calls into the guest's kernel, in their order, without a VM."""
+
+import struct
+import time
+from typing import Any
+
+import pytest
+from pymicro.agent import devices, handlers, mounts
+
+ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # linux/random.h
+SEED = bytes(range(64))
+PARAMS = {"hello_time_ns": 10**18, "entropy": SEED.hex(), "hostname": "pod", "machine_id": "0" * 32}
+
+
+class Control:
+    hello_ns = 0
+
+
+class Agent:
+    control = Control()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `setup` does to the VM, instead of doing it."""
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(handlers, "ioctl", lambda _fd, number, argument=b"": made.append(("ioctl", number, argument)))
+    monkeypatch.setattr(time, "clock_settime_ns", lambda _clock, moment: made.append(("clock", moment)))
+    monkeypatch.setattr(handlers, "sethostname", lambda name: made.append(("hostname", name)))
+    monkeypatch.setattr(mounts, "bind_machine_id", lambda name: made.append(("machine-id", name)))
+
+    def mount_share() -> bool:
+        made.append(("share",))
+        return True
+
+    monkeypatch.setattr(mounts, "mount_share", mount_share)
+    return made
+
+
+def test_fresh_entropy_is_credited_and_the_generators_reseeded_before_all_else(calls: list[tuple[Any, ...]]) -> None:
+    handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as much of an agent as setup needs
+    (_, first, pool), (_, second, _), *others = calls
+    assert (first, second) == (ADD_ENTROPY, RESEED)
+    bits, size = struct.unpack_from("ii", pool)
+    assert (bits, size, pool[8:]) == (512, 64, SEED)
+    assert [call[0] for call in others] == ["clock", "hostname", "machine-id", "share"]
+
+
+def test_the_clock_is_the_hosts_at_the_hello_and_what_has_passed_since(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Control, "hello_ns", time.monotonic_ns() - 3_000_000_000)
+    handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as above
+    moment = next(call[1] for call in calls if call[0] == "clock")
+    assert 3.0 <= (moment - PARAMS["hello_time_ns"]) / 1e9 < 3.5
+
+
+def test_a_share_that_is_not_there_yet_is_looked_for_again(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter((False, False, True))
+    monkeypatch.setattr(mounts, "mount_share", lambda: next(found))
+    monkeypatch.setattr(devices, "look_again", lambda: calls.append(("scan",)))
+    handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as above
+    assert calls.count(("scan",)) == 2
