@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from pymicro.ctl import check, containerd, ps
 from pymicro.ctl.__main__ import main
 from pymicro.shim import config, host, state

@@ -2,12 +2,12 @@
 
 import errno
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from pymicro.shim.hypervisor.base import VmSpec
 from pymicro.shim.hypervisor.qemu import cmdline
 from pymicro.shim.hypervisor.qemu.memory import copy_populated

@@ -1,10 +1,10 @@
 """The life of a pod over a scripted guest: order of events, what clients are told, what is left when things fail."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from pymicro.shim import cgroup, state
 from pymicro.shim.errors import (
     AlreadyExists,

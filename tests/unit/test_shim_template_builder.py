@@ -4,12 +4,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from pymicro.shim import state, template_files
 from pymicro.shim.errors import SandboxDied
 from pymicro.shim.hypervisor.base import Boot, Origin, Template

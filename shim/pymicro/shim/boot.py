@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pymicro.shim import host
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
@@ -30,8 +31,7 @@ _SAME_MOMENT = 0.2
 """Seconds in which processes that end because of each other are reaped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Booted:
+class Booted(Struct, frozen=True):
     """A VM whose agent has said hello, at `heard_ns` by the host's wall clock."""
 
     vm: Vm
@@ -95,8 +95,7 @@ async def boot(
         yield booted
 
 
-@dataclass(frozen=True, slots=True)
-class Ascent:
+class Ascent(Struct, frozen=True):
     """Bringing one pod's VM up, from whatever origin."""
 
     ignition: Ignition
@@ -145,8 +144,7 @@ async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
         working.cancelled() or working.exception()  # it has been looked at
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(Struct, frozen=True):
     """The control connection, its hello, and when that was heard: nanoseconds since the epoch."""
 
     channel: Channel

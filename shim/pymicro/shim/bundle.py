@@ -2,14 +2,13 @@
 
 import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from pymicro.shim.errors import InvalidRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(Struct, frozen=True):
     """One container's bundle. `spec` is the decoded config.json."""
 
     path: str

@@ -3,8 +3,8 @@
 import os
 import socket
 import time
-from dataclasses import dataclass
 
+from msgspec import Struct
 from pymicro.shim import guestspec, logs, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, load, with_annotations
@@ -14,8 +14,7 @@ from pymicro.shim.state import Record
 from pymicro.shim.timeline import Timeline
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """What `start` hands to the daemon."""
 
     namespace: str

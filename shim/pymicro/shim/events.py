@@ -5,9 +5,9 @@ Nothing of protobuf or ttrpc is needed to report an event, so none is imported h
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from msgspec import Struct
 from pymicro.shim.requests import CreateContainer, Exit
 
 TYPE_CHECKING = False
@@ -15,63 +15,53 @@ if TYPE_CHECKING:
     from pymicro.shim.forward import Forwarder
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """Base of all: which container, and when it happened by the host's clock."""
 
     container_id: str
     at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Created(Event):
+class Created(Event, frozen=True):
     request: CreateContainer
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Started(Event):
+class Started(Event, frozen=True):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class ExecAdded(Event):
+class ExecAdded(Event, frozen=True):
     exec_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ExecStarted(Event):
+class ExecStarted(Event, frozen=True):
     exec_id: str
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Exited(Event):
+class Exited(Event, frozen=True):
     exec_id: str
     """"" for the init."""
     pid: int
     exit: Exit
 
 
-@dataclass(frozen=True, slots=True)
-class Deleted(Event):
+class Deleted(Event, frozen=True):
     pid: int
     exit: Exit | None
     """None for a container that was never started."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutOfMemory(Event):
+class OutOfMemory(Event, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Paused(Event):
+class Paused(Event, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed(Event):
+class Resumed(Event, frozen=True):
     pass
 
 

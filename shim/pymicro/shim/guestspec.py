@@ -7,9 +7,9 @@ Covers runtime-spec 1.0 to 1.2.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from pymicro.shim.errors import InvalidRequest, Unsupported
 from pymicro.wire.messages import GUEST_SHARE
 
@@ -60,8 +60,7 @@ _STEERING = ("run.oci.", "module.")
 """Annotations that tell crun to behave differently; a pod's author has no say in that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bind:
+class Bind(Struct, frozen=True):
     """A host directory or file that must appear as `mounts/<name>` in the container's part of the share.
 
     A relative `source` is relative to the bundle.
@@ -72,8 +71,7 @@ class Bind:
     read_only: bool
 
 
-@dataclass(frozen=True, slots=True)
-class HostHooks:
+class HostHooks(Struct, frozen=True):
     """The OCI hooks that run on the host, each an object with path, args, env and timeout."""
 
     prestart: tuple[Json, ...] = ()
@@ -82,8 +80,7 @@ class HostHooks:
     poststop: tuple[Json, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GuestPlan:
+class GuestPlan(Struct, frozen=True):
     """What crun gets, and what the host does before. `dropped` names what was left out that the log should mention."""
 
     spec: Json

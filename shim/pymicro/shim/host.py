@@ -7,10 +7,10 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from msgspec import Struct
 from pymicro.shim.config import Settings
 from pymicro.shim.errors import HostMissing
 from pymicro.shim.tsc import tsc_khz as tsc_khz  # noqa: PLC0414  # one of the facts that this module offers
@@ -32,16 +32,14 @@ VIRTIOFSD_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qe
 VHOST_VSOCK_PLACES = ("/usr/libexec/vhost-device-vsock", "/opt/pymicro/bin/vhost-device-vsock")
 
 
-@dataclass(frozen=True, slots=True)
-class Virtiofsd:
+class Virtiofsd(Struct, frozen=True):
     """A virtiofsd program: the words to start it with, and whose command line it understands."""
 
     command: tuple[str, ...]
     flavour: Literal["rust", "c"]
 
 
-@dataclass(frozen=True, slots=True)
-class VhostVsock:
+class VhostVsock(Struct, frozen=True):
     """What carries a VM's vsock: the program vhost-device-vsock, or the kernel's device where `program` is None."""
 
     program: str | None
@@ -189,8 +187,7 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
     return kernel, image
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """What the build says of a kernel or image: `path` is the manifest's own."""
 
     path: Path
@@ -250,8 +247,7 @@ _V1_CONTROLLERS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Cgroups:
+class Cgroups(Struct, frozen=True):
     """The host's cgroup mode and where its hierarchies are mounted: controller (v2: "") -> directory."""
 
     mode: Literal["v1", "v2"]

@@ -9,10 +9,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import Struct
 from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, vm_size
@@ -32,8 +32,7 @@ class Note(Protocol):
     def __call__(self, **facts: Any) -> None: ...  # JSON of any kind
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What a pod's VM is to be on this host."""
 
     bundle: Bundle
@@ -72,8 +71,7 @@ def template_store(settings: Settings) -> Store:
     return Store(Path(settings.templates.directory), settings.templates.most, settings.templates.most_mib)
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(Struct, frozen=True):
     """A VM's processes: they run, and nobody drives them yet."""
 
     origin: Origin

@@ -1,12 +1,12 @@
 """The data that passes between the task service and the containers: frozen, without a trace of protobuf."""
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+
+class Mount(Struct, frozen=True):
     """A mount as containerd describes it (containerd.types.Mount): snapshotters answer with a list of these."""
 
     type: str
@@ -15,8 +15,7 @@ class Mount:
     options: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StdioPaths:
+class StdioPaths(Struct, frozen=True):
     """Where containerd wants a process's streams: FIFO paths or URIs, "" for none."""
 
     stdin: str
@@ -25,8 +24,7 @@ class StdioPaths:
     terminal: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CreateContainer:
+class CreateContainer(Struct, frozen=True):
     """A Create request."""
 
     id: str
@@ -35,8 +33,7 @@ class CreateContainer:
     stdio: StdioPaths
 
 
-@dataclass(frozen=True, slots=True)
-class ExecProcess:
+class ExecProcess(Struct, frozen=True):
     """An Exec request; `spec` is an OCI `process` object."""
 
     exec_id: str
@@ -44,24 +41,21 @@ class ExecProcess:
     spec: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(Struct, frozen=True):
     """How a process ended: 0..255, 128 + n after signal n; and when, by the host's clock."""
 
     status: int
     at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessInfo:
+class ProcessInfo(Struct, frozen=True):
     """One row of Pids; `exec_id` is "" for what no exec started."""
 
     pid: int
     exec_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Deleted:
+class Deleted(Struct, frozen=True):
     """What Delete reports."""
 
     pid: int

@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, closing, suppress
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
 from pymicro.shim import anchor, cgroup, guestspec, rootfs
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.boot import Booted, boot, setup_message

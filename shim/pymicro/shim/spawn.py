@@ -8,15 +8,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
 from pymicro.shim import cgroup, syscalls
 from pymicro.shim.errors import HostMissing
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a pod's host processes run: their directory, cgroup directories (one per hierarchy) and network
     namespace.
     """

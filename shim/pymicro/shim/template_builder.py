@@ -7,10 +7,10 @@ import asyncio
 import logging
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from pymicro.shim import template_files as files
 from pymicro.shim.errors import HostMissing, InvalidSettings, ShimError, StepTimeout
 from pymicro.shim.filelock import FileLock
@@ -30,8 +30,7 @@ _FULL = 1 << 20
 """Bytes: with fewer left, a file system is what a failed builder failed of."""
 
 
-@dataclass(frozen=True, slots=True)
-class Builder:
+class Builder(Struct, frozen=True):
     """Makes the templates of `store`.
 
     `timeout` (seconds) bounds the boot of a VM that becomes one, and the wait for another start that makes it; without

@@ -8,10 +8,10 @@ import json
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from pymicro.wire import messages
 
 TYPE_CHECKING = False
@@ -31,8 +31,7 @@ class Damaged(Exception):  # a finding, as the errors of errors.py are
     """A template that must not be used; says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(Struct, frozen=True):
     """A template's shape, when it was made (seconds since the epoch), and the bytes of tmpfs that it holds."""
 
     vcpus: int

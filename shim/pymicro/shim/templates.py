@@ -10,9 +10,9 @@ import json
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
 from pymicro.shim import template_files as files
 from pymicro.shim.errors import InvalidSettings
 from pymicro.shim.filelock import FileLock, try_lock
@@ -29,8 +29,7 @@ _FIRST_CPU = 16 * 1024
 """Characters of /proc/cpuinfo that hold one CPU for certain: all of a large host's take long."""
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
+class Store(Struct, frozen=True):
     """Where templates are kept, how many, and how many MiB of the file system all of them may hold."""
 
     directory: Path

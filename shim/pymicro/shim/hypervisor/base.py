@@ -6,10 +6,10 @@ attached to the paused VM, so that a VM booted from the kernel and one restored 
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from msgspec import Struct
 from pymicro.shim.spawn import Place
 
 TYPE_CHECKING = False
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Accel = Literal["kvm", "tcg"]
 
 
-@dataclass(frozen=True, slots=True)
-class VmSpec:
+class VmSpec(Struct, frozen=True):
     """The shape of a VM. Memory in MiB; `accel` is what was proved to work, never "auto"."""
 
     binary: str
@@ -31,15 +30,13 @@ class VmSpec:
     accel: Accel
 
 
-@dataclass(frozen=True, slots=True)
-class Boot:
+class Boot(Struct, frozen=True):
     """Origin of a VM that starts its kernel. A VM that is to be saved keeps its RAM in the file `memory`."""
 
     memory: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(Struct, frozen=True):
     """Origin of a VM that goes on where another one was saved: its RAM and the state of its devices."""
 
     memory: Path
@@ -49,24 +46,21 @@ class Template:
 Origin = Boot | Template
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True):
     """A virtio-fs share: the guest mounts `tag`; `socket` is the listening vhost-user socket of its virtiofsd."""
 
     tag: str
     socket: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Vsock:
+class Vsock(Struct, frozen=True):
     """The VM's vsock device. Connections that the guest opens to the host are taken with Vm.accept()."""
 
 
 Device = Share | Vsock
 
 
-@dataclass(frozen=True, slots=True)
-class VmExit:
+class VmExit(Struct, frozen=True):
     """Why a VM is gone: which process ended first, how, and the last lines it (or the console) wrote."""
 
     process: str

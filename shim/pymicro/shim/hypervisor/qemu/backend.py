@@ -4,8 +4,8 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, closing
-from dataclasses import dataclass
 
+from msgspec import Struct
 from pymicro.shim.hypervisor.base import Device, Origin, Template, Vm, VmSpec, Vsock
 from pymicro.shim.hypervisor.qemu import cmdline
 from pymicro.shim.hypervisor.qemu.memory import Ram
@@ -33,8 +33,7 @@ class SpawnedQemu:
             self.vsock.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Qemu:
+class Qemu(Struct, frozen=True):
     """Launches QEMU VMs. `vsock_program` is None where the kernel has vhost-vsock; `timeout` (seconds) bounds each
     step.
     """

@@ -1,9 +1,9 @@
 """A QEMU VM's vsock device: the kernel's vhost-vsock where the host has it, else the program vhost-device-vsock."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from pymicro.shim.channel.hybrid import HybridListener
 from pymicro.shim.channel.vsock import VsockListener
 from pymicro.shim.spawn import Child, Place, spawn
@@ -12,8 +12,7 @@ HYBRID_CID = 0x10000
 """The guest's CID behind vhost-device-vsock: each VM has its own socket there, so all may have the same CID."""
 
 
-@dataclass(frozen=True, slots=True)
-class VsockBackend:
+class VsockBackend(Struct, frozen=True):
     """Where the guest's connections arrive, what QEMU is told, and the program that QEMU connects to, if it takes one.
 
     `chardev_path` is the socket that `child` creates in its own time, `uds` what else it leaves.
