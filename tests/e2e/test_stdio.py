@@ -197,6 +197,7 @@ def test_output_goes_to_a_file_that_the_client_names(pod: Pod, tmp_path_factory:
 # -- output just before the end ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)
 def test_200_runs_of_a_program_that_prints_and_exits_lose_nothing(pod: Pod) -> None:
     outcomes = same_outcome(lambda _: pod.run(*PRINT_64_KIB), times=200, at_once=3)
 

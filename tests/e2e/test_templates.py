@@ -26,7 +26,7 @@ def only_our_runtime(request: pytest.FixtureRequest) -> None:
 def templates(ctr: Ctr) -> Iterator[Path]:
     """Yield an empty directory for templates, so that the next start makes one."""
     with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
-        ctr.containerd.write_settings(templates={"directory": directory})
+        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
         yield Path(directory)
         ctr.containerd.write_settings()
 
@@ -39,7 +39,7 @@ def small(ctr: Ctr, templates: Path) -> Iterator[Callable[[int], Path]]:
     def mount(mib: int) -> Path:
         mounted.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "none", mounted], check=True)
-        ctr.containerd.write_settings(templates={"directory": str(mounted)})
+        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": str(mounted)})
         return mounted
 
     yield mount

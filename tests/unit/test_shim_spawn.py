@@ -140,6 +140,14 @@ async def test_only_what_is_passed_is_inherited(place: Place) -> None:
         os.close(fd)
 
 
+@pytest.mark.parametrize(("huge_pages", "enabled"), [(True, "1"), (False, "0")])
+@asynchronous
+async def test_huge_pages_are_for_those_who_gain_by_them(place: Place, *, huge_pages: bool, enabled: str) -> None:
+    process = Helper(spawn("helper", ["/bin/cat", "/proc/self/status"], place, huge_pages=huge_pages))
+    await process.wait()
+    assert f"THP_enabled: {enabled}" in [" ".join(line.split()) for line in process.logs[0].lines]
+
+
 def test_helpers_die_with_the_shim(tmp_path: Path) -> None:
     program = f"""
         import os, signal

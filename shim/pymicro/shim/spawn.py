@@ -50,10 +50,13 @@ class Child:
                 os.close(fd)
 
 
-def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] = ()) -> Child:
+def spawn(
+    name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] = (), *, huge_pages: bool = True
+) -> Child:
     """Start `argv` in `place`, its stdout and stderr in a pipe each. Raises HostMissing.
 
-    The child joins cgroups and namespace between fork and exec: there is no moment at which it runs elsewhere.
+    Without `huge_pages` its heap is not rounded up to 2 MiB at every use. The child joins cgroups and namespace between
+    fork and exec: there is no moment at which it runs elsewhere.
     """
     parent = os.getpid()
     out_read, out_write = os.pipe2(os.O_CLOEXEC)
@@ -64,6 +67,8 @@ def spawn(name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] 
         if os.getppid() != parent:
             os._exit(1)
         cgroup.join(place.cgroups)
+        if not huge_pages:
+            syscalls.disable_huge_pages()
         if place.netns_fd is not None:
             syscalls.setns(place.netns_fd, syscalls.CLONE_NEWNET)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -30,6 +30,7 @@ MNT_DETACH: Final = 0x2
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+_PR_SET_THP_DISABLE: Final = 41
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 _MFD_EXEC: Final = 0x10
@@ -73,6 +74,11 @@ def unmount(target: str, flags: int = MNT_DETACH) -> None:
 def set_parent_death_signal(signal: int) -> None:
     """Have the kernel send `signal` to this process when the thread that forked it ends. Raises OSError."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def disable_huge_pages() -> None:
+    """Have the kernel give this process and what it executes no transparent huge pages. Raises OSError."""
+    _check(_libc.prctl(_PR_SET_THP_DISABLE, ctypes.c_ulong(1), 0, 0, 0), "prctl(PR_SET_THP_DISABLE)")
 
 
 def set_name(name: str) -> None:

@@ -9,11 +9,6 @@ from pymicro.shim.hypervisor.base import VmSpec
 ROOT_PORTS = 6
 """Hot-plug slots: vsock, share, and four for NICs and disks."""
 
-LEAST_TRANSLATIONS_MIB = 64
-"""The start of one container takes 40 MiB of translated code. With room for less QEMU throws all of it away half way,
-and again: with 32 MiB a start takes 1.2 times as long, with 16 MiB twice.
-"""
-
 # 1. tsc_early_khz and lpj: under TCG the machine has no timer to calibrate against; without them the kernel hangs.
 # 2. no_timer_check: there is no i8254 to check.
 TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
@@ -35,11 +30,6 @@ def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
         if spec.vcpus == 1:
             accel += TCG_UNIPROCESSOR + " "
     return COMMON_ARGUMENTS.format(accel=accel)
-
-
-def translations_mib(memory_mib: int) -> int:
-    """Return how much of its translated code an emulated VM may keep, in MiB: QEMU's own default is a gigabyte."""
-    return max(LEAST_TRANSLATIONS_MIB, memory_mib // 4)
 
 
 def _value(text: str) -> str:
@@ -73,7 +63,9 @@ def command(
         spec.binary,
         *("-name", "pymicro,debug-threads=on"),
         *("-machine", machine),
-        *("-accel", "kvm" if spec.accel == "kvm" else f"tcg,tb-size={translations_mib(spec.memory_mib)}"),
+        # an emulator may keep as much translated code as the VM has memory; QEMU's own default is a gigabyte. The start of
+        # a container takes 40 MiB: with room for 32 QEMU starts all over half way, and needs 1.2 times as long
+        *("-accel", "kvm" if spec.accel == "kvm" else f"tcg,tb-size={spec.memory_mib}"),
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
