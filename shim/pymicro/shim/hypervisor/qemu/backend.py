@@ -61,8 +61,8 @@ class Qemu(Struct, frozen=True):
                     memory=ram.path,
                     incoming=isinstance(origin, Template),
                 )
-                # Debian's kernels make huge pages of any memory: 18 MB more for QEMU's own. The guest's is a file, where
-                # they make none; an emulator's translated code gains by them.
+                # Debian's kernels make huge pages of any memory: 18 MB more for QEMU's own. The guest's is a file,
+                # where they make none; an emulator's translated code gains by them.
                 fds = [theirs.fileno(), *ram.fds]
                 child = spawn("qemu", words, place, fds, huge_pages=spec.accel == "tcg")
                 undo.callback(child.end)

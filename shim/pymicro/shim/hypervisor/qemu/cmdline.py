@@ -63,8 +63,8 @@ def command(
         spec.binary,
         *("-name", "pymicro,debug-threads=on"),
         *("-machine", machine),
-        # an emulator may keep as much translated code as the VM has memory; QEMU's own default is a gigabyte. The start of
-        # a container takes 40 MiB: with room for 32 QEMU starts all over half way, and needs 1.2 times as long
+        # an emulator may keep as much translated code as the VM has memory; QEMU's own default is a gigabyte. The start
+        # of a container takes 40 MiB: with room for 32 QEMU begins anew half way, and needs 1.2 times as long
         *("-accel", "kvm" if spec.accel == "kvm" else f"tcg,tb-size={spec.memory_mib}"),
         *("-cpu", "host" if spec.accel == "kvm" else "max"),
         *("-smp", str(spec.vcpus)),
