@@ -85,7 +85,9 @@ async def boot(
             booted, hello = await ascent.attempt(stack, started)
         except (SandboxDied, StepTimeout, OSError) as error:
             if isinstance(started.origin, Boot):
-                raise (_diagnosed(error, plan.spec) if isinstance(error, ShimError) else error) from error
+                if isinstance(error, OSError):
+                    raise
+                raise _diagnosed(error, plan.spec) from error
             plan.templates.discard(started.origin.memory.parent.name, f"a VM restored from it failed: {error}")
             try:
                 booted, hello = await ascent.attempt(stack, ignition.start(Boot()))
