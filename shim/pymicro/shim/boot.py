@@ -117,14 +117,19 @@ class Ascent(Struct, frozen=True):
             return booted, greeting.hello
 
     async def _wake(self, vm: Vm, stack: AsyncExitStack) -> tuple[int, "Greeting"]:
-        """Give the paused VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello."""
+        """Give the VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello.
+
+        The hello needs the vsock alone, so the share is plugged in while the guest finds that; the agent looks for it.
+        """
         await vm.attach(Vsock())
-        await vm.attach(Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock"))
         await vm.resume()
         resumed = time.monotonic_ns()
         greeter = Greeter(vm, self.take_stream)
         stack.push_async_callback(greeter.close)
-        return resumed, await greeter.control(self.ignition.plan.settings.timeouts.hello)
+        share = Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock")
+        hello = greeter.control(self.ignition.plan.settings.timeouts.hello)
+        _, greeting = await asyncio.gather(vm.attach(share), hello)
+        return resumed, greeting
 
 
 async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:

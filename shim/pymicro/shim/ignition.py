@@ -4,7 +4,6 @@ It runs before asyncio and what rests on it are imported, which takes as long as
 the same time. `boot` is the second half.
 """
 
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,13 +16,11 @@ from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, vm_size
 from pymicro.shim.hypervisor import registry, virtiofsd
-from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, Template, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, VmSpec, Vsock
 from pymicro.shim.netns import pod_netns
 from pymicro.shim.spawn import Child, Place
 from pymicro.shim.templates import Store, key
 from pymicro.shim.timeline import Timeline
-
-logger = logging.getLogger(__name__)
 
 
 class Note(Protocol):
@@ -115,26 +112,14 @@ class Ignition:
         return None
 
     def start(self, origin: Origin) -> Started:
-        """Start the VMM, which takes longest, and virtiofsd; a cold boot, with a warning, where a
-        template has gone meanwhile. Raises HostMissing.
-        """
-        try:
-            return self._start(origin)
-        except OSError as error:
-            if not isinstance(origin, Template):
-                raise
-            logger.warning("the template cannot be read, this pod boots cold: %s", error)
-            return self._start(Boot())
-
-    def _start(self, origin: Origin) -> Started:
+        """Start virtiofsd and the VMM, which connects to it in its own time. Raises HostMissing, OSError."""
         plan, place = self.plan, self.place
-        vmm = plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share))
+        share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
         try:
-            share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
+            return Started(origin, share, plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share)))
         except BaseException:
-            vmm.end()
+            share.end()
             raise
-        return Started(origin, share, vmm)
 
     def take(self) -> Started | None:
         """Return what has been started, once: it is the caller's."""

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, ExitStack, closing
 from msgspec import Struct
 from pymicro.shim.hypervisor.base import Device, Origin, Template, Vm, VmSpec, Vsock
 from pymicro.shim.hypervisor.qemu import cmdline
-from pymicro.shim.hypervisor.qemu.memory import Ram
+from pymicro.shim.hypervisor.qemu.memory import Filling, Ram
 from pymicro.shim.hypervisor.qemu.vsock import VsockBackend, open_vsock
 from pymicro.shim.spawn import Child, Place, spawn
 
@@ -16,10 +16,13 @@ from pymicro.shim.spawn import Child, Place, spawn
 class SpawnedQemu:
     """QEMU and the helper of its vsock, just started. `monitor` is our end of QEMU's monitor."""
 
-    def __init__(self, child: Child, monitor: socket.socket, vsock: VsockBackend | None, origin: Origin) -> None:
+    def __init__(
+        self, child: Child, monitor: socket.socket, vsock: VsockBackend | None, filling: Filling, origin: Origin
+    ) -> None:
         self.child = child
         self.monitor = monitor
         self.vsock = vsock
+        self.filling = filling
         self.origin = origin
 
     def __repr__(self) -> str:
@@ -53,7 +56,8 @@ class Qemu(Struct, frozen=True):
         with ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
-            with theirs, closing(Ram(spec, origin)) as ram:
+            ram = undo.enter_context(closing(Ram(spec, origin)))
+            with theirs:
                 words = cmdline.command(
                     spec,
                     monitor_fd=theirs.fileno(),
@@ -65,14 +69,13 @@ class Qemu(Struct, frozen=True):
                 # where they make none; an emulator's translated code gains by them.
                 fds = [theirs.fileno(), *ram.fds]
                 child = spawn("qemu", words, place, fds, huge_pages=spec.accel == "tcg")
-                undo.callback(child.end)
-                # while QEMU starts:
-                vsock = open_vsock(self.vsock_program, place) if Vsock in devices else None
-                if vsock:
-                    undo.callback(vsock.close)
-                ram.fill()
+            undo.callback(child.end)
+            vsock = open_vsock(self.vsock_program, place) if Vsock in devices else None
+            if vsock:
+                undo.callback(vsock.close)
+            spawned = SpawnedQemu(child, ours, vsock, ram.fill(), origin)
             undo.pop_all()
-            return SpawnedQemu(child, ours, vsock, origin)
+            return spawned
 
     def take_over(self, spawned: SpawnedQemu) -> AbstractAsyncContextManager[Vm]:
         """Yield the VM, paused. Raises SandboxDied, StepTimeout."""

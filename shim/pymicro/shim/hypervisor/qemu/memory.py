@@ -6,6 +6,7 @@ Of a template's RAM only the pages that its guest has touched are there, and onl
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 from pymicro.shim.hypervisor.base import Origin, Template, VmSpec
@@ -33,14 +34,40 @@ class Ram:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def close(self) -> None:
-        """Let the file go; QEMU keeps what it has mapped."""
-        for fd in self.fds:
-            os.close(fd)
+        """Let the file go; QEMU keeps what it has mapped. Idempotent."""
+        while self.fds:
+            os.close(self.fds.pop())
 
-    def fill(self) -> None:
-        """Copy the template's pages. QEMU may have mapped the file, but must not run the VM yet. Raises OSError."""
-        if self._template:
-            copy_populated(self._template, self.fds[0])
+    def fill(self) -> "Filling":
+        """Begin to copy the template's pages, in a thread; close the file when they are there."""
+        return Filling(self, self._template)
+
+
+class Filling:
+    """The copying of a template's pages, beside QEMU's start and the shim's imports: the kernel does the work."""
+
+    def __init__(self, ram: Ram, template: Path | None) -> None:
+        self._ram = ram
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+        if template:
+            self._thread = threading.Thread(target=self._copy, args=(template,), name="template")
+            self._thread.start()
+
+    def _copy(self, template: Path) -> None:
+        try:
+            copy_populated(template, self._ram.fds[0])
+        except OSError as error:
+            self._error = error
+        finally:
+            self._ram.close()
+
+    def wait(self) -> None:
+        """Return when all pages are there: the VM must not run before. Raises OSError."""
+        if self._thread:
+            self._thread.join()
+        if self._error:
+            raise self._error
 
 
 def copy_populated(source: Path, target_fd: int) -> None:

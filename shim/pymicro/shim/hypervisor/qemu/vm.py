@@ -36,6 +36,7 @@ async def running(spawned: SpawnedQemu, timeout: float) -> AsyncIterator["QemuVm
         vm = QemuVm(process, helpers, vsock, timeout)
         stack.push_async_callback(vm.disconnect)
         await vm.connect(spawned.monitor)
+        spawned.filling.wait()
         if isinstance(spawned.origin, Template):
             await vm.load(spawned.origin.state)
         yield vm
