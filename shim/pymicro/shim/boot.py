@@ -65,10 +65,14 @@ class Booted(Struct, frozen=True):
 
 @asynccontextmanager
 async def boot(
-    ignition: Ignition, take_stream: Callable[[object, Channel], None], note: Note, timeline: Timeline
+    ignition: Ignition,
+    take_stream: Callable[[object, Channel], None],
+    note: Note,
+    timeline: Timeline,
+    runs: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Booted]:
     """Bring up the VM that `ignition` has started, and wait for its agent's hello. Leaving the context ends the VM and
-    its helpers.
+    its helpers. `runs` is called when the guest does.
 
     Raises HostMissing, SandboxDied, StepTimeout, each with the cause and what to do.
     """
@@ -79,7 +83,7 @@ async def boot(
         builder = Builder(plan.templates, plan.settings.timeouts.hello, plan.settings.templates.wait)
         started = ignition.start(await builder.origin(plan.spec, plan.hypervisor, ignition.place))
         begun = timeline.span("template", begun)
-    ascent = Ascent(ignition, take_stream, note)
+    ascent = Ascent(ignition, take_stream, note, runs)
     async with AsyncExitStack() as stack:
         try:
             booted, hello = await ascent.attempt(stack, started)
@@ -103,6 +107,7 @@ class Ascent(Struct, frozen=True):
     ignition: Ignition
     take_stream: Callable[[object, Channel], None]
     note: Note
+    runs: Callable[[], None]
 
     async def attempt(self, outer: AsyncExitStack, started: Started) -> tuple[Booted, dict[str, Any]]:
         """Take over, attach, resume, hear the hello. What that took is freed by `outer`, or at once if it fails."""
@@ -124,6 +129,7 @@ class Ascent(Struct, frozen=True):
         await vm.attach(Vsock())
         await vm.resume()
         resumed = time.monotonic_ns()
+        self.runs()
         greeter = Greeter(vm, self.take_stream)
         stack.push_async_callback(greeter.close)
         share = Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock")

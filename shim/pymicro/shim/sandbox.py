@@ -50,6 +50,7 @@ class Sandbox:
         self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
         self._death: SandboxDied | None = None
         self._died = asyncio.Event()
+        self._guest_runs = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._record = record
         self._ending = False
@@ -80,6 +81,12 @@ class Sandbox:
             raise self._death
         return agent
 
+    async def guest_runs(self, limit: float) -> None:
+        """Return when the guest runs, or never will, or after `limit` seconds: then there is time for more."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await self._guest_runs.wait()
+
     async def open_stdio(self, process: Process) -> dict[str, str | None]:
         """Open the stdio of `process`; return its stream tokens. Raises as Stdio.open()."""
         return await process.open_stdio(self.streams, self._agent, self.settings.timeouts.request)
@@ -91,7 +98,8 @@ class Sandbox:
         reason: ShimError = SandboxDied(f"sandbox {self.id!r} was stopped")
         try:
             with closing(ignition):
-                async with boot(ignition, self.streams.claim, self._note, self._timeline) as booted:
+                runs = self._guest_runs.set
+                async with boot(ignition, self.streams.claim, self._note, self._timeline, runs) as booted:
                     reason = await self._run(booted, ignition.plan.bundle)
                     logger.error("sandbox %s: %s", self.id, reason)
         except ShimError as error:
@@ -105,6 +113,7 @@ class Sandbox:
         finally:
             self._death = reason if isinstance(reason, SandboxDied) else SandboxDied(str(reason))
             self._died.set()
+            self._guest_runs.set()
             if not self._agent.done():
                 self._agent.set_exception(reason)
                 self._agent.exception()  # it may be that nobody asks

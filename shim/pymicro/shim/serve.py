@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EVENTS_LIMIT = 5.0
 """Seconds that the last events may take at the end; containerd may be gone for good."""
+_PATIENCE = 0.3
+"""Seconds that containerd's first request waits at most for the VM to be on its way: a template may have to be made."""
 
 
 async def serve(
@@ -35,7 +37,8 @@ async def serve(
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
     events = Publisher(os.environ.get("TTRPC_ADDRESS") or f"{start.containerd_address}.ttrpc", start.namespace)
     sandbox = pod if isinstance(pod, ShimError) else Sandbox(start.sandbox_id, pod, record, events, timeline)
-    await asyncio.sleep(0)  # the VM is being driven now; what follows is imported while it gets ready
+    if isinstance(sandbox, Sandbox):
+        await sandbox.guest_runs(_PATIENCE)  # what follows is imported while the guest finds its devices
     service, server = _task_service(sandbox)
     serving = asyncio.create_task(server.serve(listener), name="ttrpc")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
