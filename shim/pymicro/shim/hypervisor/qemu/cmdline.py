@@ -16,8 +16,9 @@ TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
 TCG_UNIPROCESSOR = "noreplace-smp"
 
 # reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
+# pci=hpiosize=0: no port has room for I/O addresses, and each scan would say so, until the kernel's log is full of it.
 COMMON_ARGUMENTS = (
-    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet"
+    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pci=hpiosize=0"
     " init=/usr/bin/python3 {accel}-- -I -S /usr/lib/pymicro/init.pyc"
 )
 
