@@ -6,7 +6,9 @@ newest, and those marked `every_containerd` all of them. `--start=boot` has ever
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +133,12 @@ def leftovers(ctr: Ctr) -> Leftovers:
 def container_running(ctr: Ctr) -> Container:
     """Return a container that sleeps, without stdio."""
     return ctr.start("sleep", "100000")
+
+
+@pytest.fixture
+def templates(ctr: Ctr) -> Iterator[Path]:
+    """Yield an empty directory for templates, so that the next start makes one."""
+    with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
+        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
+        yield Path(directory)
+        ctr.containerd.write_settings()

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -225,15 +224,6 @@ def test_a_vm_killed_while_starting(ctr: Ctr, leftovers: Leftovers, kind: str, d
 
 
 # -- while a template is made ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def templates(ctr: Ctr) -> Iterator[Path]:
-    """Yield an empty directory for templates, so that the next start makes one."""
-    with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
-        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
-        yield Path(directory)
-        ctr.containerd.write_settings()
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.7])

@@ -4,7 +4,6 @@ import os
 import re
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,15 +29,6 @@ def from_snapshots(ctr: Ctr) -> Iterator[None]:
     ctr.containerd.write_settings(vm={"start": "snapshot"})
     yield
     ctr.containerd.write_settings()
-
-
-@pytest.fixture
-def no_templates(ctr: Ctr) -> Iterator[Path]:
-    """Yield an empty directory for templates: each size's first start makes its own."""
-    with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
-        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
-        yield Path(directory)
-        ctr.containerd.write_settings()  # whoever starts later would make it again
 
 
 def run_at_once(ctr: Ctr, ids: Sequence[str], *command: str, options: Sequence[str] = ()) -> list[Completed]:
@@ -116,7 +106,7 @@ def read_line(client: "subprocess.Popen[bytes]") -> str:
 
 
 @pytest.mark.parametrize("age", [0, 5])
-def test_a_clones_clock_is_right_however_old_its_template_is(ctr: Ctr, no_templates: Path, age: float) -> None:
+def test_a_clones_clock_is_right_however_old_its_template_is(ctr: Ctr, templates: Path, age: float) -> None:
     if age:
         assert ctr.run("true").returncode == 0  # this one makes the template
         time.sleep(age)
@@ -129,7 +119,7 @@ def test_a_clones_clock_is_right_however_old_its_template_is(ctr: Ctr, no_templa
     assert client.returncode == 0
     assert max(errors) < CLOCK_ERROR
     assert log.cold([container_id]) == []
-    assert list(no_templates.glob("*/"))
+    assert list(templates.glob("*/"))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -146,7 +136,7 @@ KERNELS_SHARE_MIB = 60
 """What a guest's MemTotal lacks at most; less than the distance between the sizes above."""
 
 
-def test_a_pod_has_the_size_it_wants_whether_there_is_a_template_of_it_or_not(ctr: Ctr, no_templates: Path) -> None:
+def test_a_pod_has_the_size_it_wants_whether_there_is_a_template_of_it_or_not(ctr: Ctr, templates: Path) -> None:
     def size(options: list[str]) -> tuple[str, tuple[int, int]]:
         container_id = ctr.new_id()
         done = ctr.run("sh", "-c", "nproc; grep MemTotal /proc/meminfo", options=options, container_id=container_id)
@@ -159,7 +149,7 @@ def test_a_pod_has_the_size_it_wants_whether_there_is_a_template_of_it_or_not(ct
             sizes = list(pool.map(lambda wish: size(wish[0]), WISHES.values()))
 
         assert log.cold(container_id for container_id, _ in sizes) == []
-        assert len(list(no_templates.glob("*/"))) == len(WISHES)
+        assert len(list(templates.glob("*/"))) == len(WISHES)
         for (_, cpus, mib), (_, (has_cpus, has_mib)) in zip(WISHES.values(), sizes, strict=True):
             assert has_cpus == min(cpus, len(os.sched_getaffinity(0)))
             assert mib - KERNELS_SHARE_MIB < has_mib < mib

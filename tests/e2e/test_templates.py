@@ -4,7 +4,6 @@ is left behind.
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,15 +19,6 @@ from tests.framework.sandbox import Sandbox, eventually
 def only_our_runtime(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--runtime") != PYMICRO:
         pytest.skip("these tests know how pymicro is built")
-
-
-@pytest.fixture
-def templates(ctr: Ctr) -> Iterator[Path]:
-    """Yield an empty directory for templates, so that the next start makes one."""
-    with tempfile.TemporaryDirectory(prefix="pymicro-test-", dir="/dev/shm") as directory:
-        ctr.containerd.write_settings(vm={"start": "snapshot"}, templates={"directory": directory})
-        yield Path(directory)
-        ctr.containerd.write_settings()
 
 
 @pytest.fixture
