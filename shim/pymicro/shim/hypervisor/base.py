@@ -114,7 +114,7 @@ class Hypervisor(Protocol):
     """A VMM backend. A VM comes up in two steps, so that its processes start while asyncio is still to be imported."""
 
     def identity(self, spec: VmSpec) -> str:
-        """Return what a template for `spec` depends on beside the kernel and image: the VMM and its arguments."""
+        """Return what a template for `spec` depends on beside the files that it names: the arguments."""
 
     def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> Spawned:
         """Start a VMM with `spec`, paused, that will be given `devices`; wait for nothing. Raises HostMissing."""

@@ -1,6 +1,5 @@
 """The QEMU backend: a `microvm` machine. This half starts the processes; `vm` drives them, once asyncio is there."""
 
-import os
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, closing
@@ -46,10 +45,8 @@ class Qemu(Struct, frozen=True):
     timeout: float
 
     def identity(self, spec: VmSpec) -> str:
-        """Return QEMU's command line, without what differs from start to start, and which QEMU it is."""
-        binary = os.stat(spec.binary)
-        words = cmdline.command(spec, monitor_fd=0, tsc_khz=0)
-        return "\0".join([*words, str(binary.st_size), str(binary.st_mtime_ns)])
+        """Return QEMU's command line, without what differs from start to start."""
+        return "\0".join(cmdline.command(spec, monitor_fd=0, tsc_khz=0))
 
     def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> SpawnedQemu:
         """Start QEMU for `spec`, paused, and what serves its vsock if that is among `devices`. Raises HostMissing."""
