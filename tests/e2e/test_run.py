@@ -159,10 +159,10 @@ def test_what_a_container_writes_is_in_its_snapshot(ctr: Ctr, snapshotter: str, 
     script = (
         "echo written >/home/file && chmod 640 /home/file && chown 1000:50 /home/file"
         " && mkdir /made && ln -s target /made/link && mknod /made/fifo p && ln /home/file /made/hard"
-        " && rm /etc/group && rm -r /tmp && echo root:x:0:0::/:/bin/sh >/etc/passwd && sleep 100000"
+        " && rm /etc/group && rm -r /tmp && echo root:x:0:0::/:/bin/sh >/etc/passwd && mkdir /ready && sleep 100000"
     )
     container = ctr.start("sh", "-c", script, options=["--snapshotter", snapshotter])
-    until(lambda: "sleep" in container.exec("ps").stdout)
+    until(lambda: "ready" in container.exec("ls", "/").stdout)
     container.kill()
     assert container.wait() == 137
 

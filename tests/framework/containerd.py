@@ -246,7 +246,9 @@ class Containerd:
     # -- the daemon ---------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("CONTAINERD_")}
+        # a shim that may not keep its bytecode compiles itself at every start
+        dropped = ("CONTAINERD_", "PYTHONDONTWRITEBYTECODE")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         daemon = {
             **inherited,
             "PATH": f"{self.bin}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin",

@@ -96,6 +96,9 @@ class FakeHelper:
         if self in self._host.helpers:
             self._host.helpers.remove(self)
 
+    def send_signal(self, number: int) -> None:
+        """Take note of nothing: what ends it is end()."""
+
     async def wait(self) -> int:
         return await asyncio.shield(self.exit)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pymicro.protos import types_pb2
-from pymicro.shim import logs
+from pymicro.shim import early, logs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.errors import InvalidRequest
 from pymicro.shim.timeline import Timeline
@@ -72,6 +72,21 @@ def test_config_that_is_missing(tmp_path: Path) -> None:
 
 
 # --- logs
+
+
+def test_early_warnings_wait_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    early.hold()
+    early.warning("pymicro.a", "100 % early")
+    early.warning("pymicro.b", "early too")
+    assert not caplog.records
+    early.release()
+    early.warning("pymicro.c", "late")
+    early.release()
+    assert [(r.name, r.getMessage()) for r in caplog.records] == [
+        ("pymicro.a", "100 % early"),
+        ("pymicro.b", "early too"),
+        ("pymicro.c", "late"),
+    ]
 
 
 BEFORE = "import logging\nfrom pymicro.shim import logs\nlogs.set_up('info')\nlog = logging.getLogger('x')\n"

@@ -18,7 +18,7 @@ PAGE = 4096
 
 
 def words(spec: VmSpec, *, memory: str | None = None, incoming: bool = False) -> list[str]:
-    return cmdline.command(spec, monitor_fd=7, tsc_khz=2_600_000, memory=memory, incoming=incoming)
+    return cmdline.command(spec, monitor_fds=(7, 8), tsc_khz=2_600_000, memory=memory, incoming=incoming)
 
 
 def value(command: list[str], option: str) -> str:
@@ -95,7 +95,11 @@ def test_root_image_cannot_be_written() -> None:
 
 def test_monitor_and_console() -> None:
     command = words(KVM)
-    assert "socket,id=monitor,fd=7" in command
+    assert {"socket,id=early,fd=7", "socket,id=late,fd=8"} <= set(command)
+    assert [command[n + 1] for n, word in enumerate(command) if word == "-mon"] == [
+        "chardev=early,mode=control",
+        "chardev=late,mode=control",
+    ]
     assert "stdio,id=console,signal=off" in command, "a ^C in the guest's output must not reach QEMU"
     assert value(command, "-serial") == "chardev:console"
 

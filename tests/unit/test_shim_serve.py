@@ -114,6 +114,8 @@ async def test_from_create_to_shutdown(directory: Path) -> None:
         await client.call(task, "Shutdown", task_pb2.ShutdownRequest(id="c1"), Empty)
         assert d.containerd.topics == [f"/tasks/{word}" for word in ("create", "start", "exit", "delete")]
         assert d.nothing_left, "`delete` comes next"
+        answer = (Path(d.begun.bundle) / "freed").read_bytes()
+        assert task_pb2.DeleteResponse.FromString(answer).exit_status == 137, "what it will say"
         assert d.pod.host.nothing_left
         assert d.pod.hypervisor.running == 0
         await asyncio.wait_for(d.running, 5)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from pymicro.shim import anchor, netns
 from pymicro.shim.errors import HostMissing, InvalidRequest, ShimError
-from pymicro.shim.helper import KEPT_LINES, LONGEST_LINE, Helper, LogTail, watched
-from pymicro.shim.spawn import Place, spawn
+from pymicro.shim.helper import KEPT_LINES, Helper, LogTail, watched
+from pymicro.shim.spawn import LONGEST_LINE, Place, spawn
 
 from tests.framework.fakes import asynchronous, descriptors, needs_root, no_descriptor_leaks, turns, until
 
@@ -120,7 +120,7 @@ async def test_missing_program_is_named_and_leaves_nothing(place: Place) -> None
         no_descriptor_leaks(),
         pytest.raises(HostMissing, match=r"cannot start qemu as '/no/such/qemu'.*pymicroctl check"),
     ):
-        spawn("qemu", ["/no/such/qemu"], place)
+        spawn("qemu", ["/no/such/qemu"], place).check()
 
 
 @asynchronous
@@ -154,7 +154,7 @@ def test_helpers_die_with_the_shim(tmp_path: Path) -> None:
         from pathlib import Path
         from pymicro.shim.spawn import Place, spawn
 
-        print(spawn("helper", ["/bin/sleep", "60"], Place(Path({str(tmp_path)!r}))).process.pid, flush=True)
+        print(spawn("helper", ["/bin/sleep", "60"], Place(Path({str(tmp_path)!r}))).pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     shim = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
@@ -170,7 +170,7 @@ async def test_helper_that_nobody_watches_is_ended_too(place: Place) -> None:
     child = spawn("helper", ["/bin/sleep", "60"], place)
     child.end()
     child.end()
-    assert not alive(child.process.pid)
+    assert not alive(child.pid)
 
 
 @asynchronous
@@ -180,7 +180,7 @@ async def test_watched_helper_ends_with_its_watch(place: Place) -> None:
         assert await helper.logs[0].says("early"), "what it said before anybody watched"
         child.end()  # it is not the child's any more
         assert helper.running
-    assert not alive(child.process.pid)
+    assert not alive(child.pid)
 
 
 # --- network namespaces

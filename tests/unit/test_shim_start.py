@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -20,6 +21,8 @@ from pymicro.shim import delete, grouping, start, state
 
 HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
 HEAVY |= {"qemu", "subprocess", "tempfile", "typing"}
+
+PROGRAM_FILE = Path(__file__).resolve().parents[2] / "shim/bin/containerd-shim-pymicro-v1"
 
 PROGRAM = """
 import sys
@@ -182,6 +185,40 @@ def test_delete_frees_a_sandbox_any_number_of_times(host: Host) -> None:
 def test_delete_when_the_bundle_is_gone(host: Host) -> None:
     (host.bundle / "config.json").unlink()
     assert host.execute("delete").returncode == 0
+
+
+def program_alone(host: Host) -> Path:
+    """Copy the program to where no Python lies beside it."""
+    alone = host.run / "bin" / PROGRAM_FILE.name
+    alone.parent.mkdir(parents=True)
+    shutil.copy(PROGRAM_FILE, alone)
+    return alone
+
+
+def test_delete_after_a_good_end_is_answered_without_python(host: Host) -> None:
+    delete.leave_answer(str(host.bundle))
+    command: list[str | Path] = [program_alone(host), "-namespace", "ns", "-id", "c1", "-bundle", host.bundle, "delete"]
+    result = subprocess.run(command, cwd=host.bundle, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert task_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
+
+
+@pytest.mark.parametrize("action", ["delete", "start"])
+def test_everything_else_is_pythons(host: Host, action: str) -> None:
+    if action == "start":
+        delete.leave_answer(str(host.bundle))
+    result = subprocess.run([program_alone(host), action], cwd=host.bundle, capture_output=True, check=False)
+    assert b"python3" in result.stderr
+
+
+def test_answer_for_a_bundle_that_is_gone(tmp_path: Path) -> None:
+    delete.leave_answer(str(tmp_path / "gone"))
+
+
+def test_start_forgets_the_end_of_an_earlier_pod(host: Host) -> None:
+    delete.leave_answer(str(host.bundle))
+    assert host.execute("start").returncode == 0
+    assert not (host.bundle / delete.ANSWER).exists()
 
 
 def running_sandbox(host: Host, containers: list[str]) -> tuple[Path, subprocess.Popen[bytes]]:

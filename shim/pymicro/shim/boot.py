@@ -1,8 +1,9 @@
-"""The second half of a pod's start: one path, take over the paused VM, attach, resume, hello, on one exit stack."""
+"""The second half of a pod's start: one path, take over the VM, plug its share in, hello, on one exit stack."""
 
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,11 +12,10 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
-from pymicro.shim import host
 from pymicro.shim.channel.base import Channel
-from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
+from pymicro.shim.errors import SandboxDied, StepTimeout
 from pymicro.shim.helper import Helper, watched
-from pymicro.shim.hypervisor.base import Boot, Origin, Share, Vm, VmExit, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Origin, Share, Vm, VmExit
 from pymicro.shim.ignition import Ignition, Note, Started
 from pymicro.shim.template_builder import Builder
 from pymicro.shim.timeline import Timeline
@@ -72,37 +72,34 @@ async def boot(
     runs: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Booted]:
     """Bring up the VM that `ignition` has started, and wait for its agent's hello. Leaving the context ends the VM and
-    its helpers. `runs` is called when the guest does.
+    its helpers. `runs` is called when nothing is left to be done before the guest's hello.
 
     Raises HostMissing, SandboxDied, StepTimeout, each with the cause and what to do.
     """
-    begun = time.monotonic_ns()
     plan = ignition.plan
     started = ignition.take()
     if started is None:
+        begun = time.monotonic_ns()
         builder = Builder(plan.templates, plan.settings.timeouts.hello, plan.settings.templates.wait)
-        started = ignition.start(await builder.origin(plan.spec, plan.hypervisor, ignition.place))
-        begun = timeline.span("template", begun)
+        origin = await builder.origin(plan.spec, plan.hypervisor, ignition.place)
+        timeline.span("template", begun)
+        started = ignition.start(origin)
     ascent = Ascent(ignition, take_stream, note, runs)
     async with AsyncExitStack() as stack:
         try:
             booted, hello = await ascent.attempt(stack, started)
         except (SandboxDied, StepTimeout, OSError) as error:
-            if isinstance(started.origin, Boot):
-                if isinstance(error, OSError):
-                    raise
-                raise _diagnosed(error, plan.spec) from error
-            plan.templates.discard(started.origin.memory.parent.name, f"a VM restored from it failed: {error}")
+            started = ignition.start_cold(started.origin, error)
             try:
-                booted, hello = await ascent.attempt(stack, ignition.start(Boot()))
+                booted, hello = await ascent.attempt(stack, started)
             except (SandboxDied, StepTimeout) as second:
-                raise _diagnosed(second, plan.spec) from second
-        _record_guest(timeline, booted, begun, hello)
+                raise plan.diagnosed(second) from second
+        _record_guest(timeline, booted, hello)
         yield booted
 
 
 class Ascent(Struct, frozen=True):
-    """Bringing one pod's VM up, from whatever origin."""
+    """Waiting for one pod's VM to come up, from whatever origin."""
 
     ignition: Ignition
     take_stream: Callable[[object, Channel], None]
@@ -110,32 +107,25 @@ class Ascent(Struct, frozen=True):
     runs: Callable[[], None]
 
     async def attempt(self, outer: AsyncExitStack, started: Started) -> tuple[Booted, dict[str, Any]]:
-        """Take over, attach, resume, hear the hello. What that took is freed by `outer`, or at once if it fails."""
+        """Take over, plug in, hear the hello. What that took is freed by `outer`, or at once if it fails."""
         async with AsyncExitStack() as stack:
             stack.callback(started.end)
             share = await stack.enter_async_context(watched(started.share))
             vm = await stack.enter_async_context(self.ignition.plan.hypervisor.take_over(started.vmm))
+            stack.callback(share.send_signal, signal.SIGKILL)  # it goes while the VMM does
             self.note(vmm_pid=vm.pid)
-            resumed, greeting = await _while_running(share, self._wake(vm, stack))
-            booted = Booted(vm, share, greeting.channel, greeting.heard_ns, started.origin, resumed)
+            greeting = await _while_running(share, self._greeted(vm, stack))
+            booted = Booted(vm, share, greeting.channel, greeting.heard_ns, started.origin, started.resumed_ns)
             outer.push_async_exit(stack.pop_all())
             return booted, greeting.hello
 
-    async def _wake(self, vm: Vm, stack: AsyncExitStack) -> tuple[int, "Greeting"]:
-        """Give the VM what is the pod's; return when it resumed (CLOCK_MONOTONIC ns), and its hello.
-
-        The hello needs the vsock alone, so the share is plugged in while the guest finds that; the agent looks for it.
-        """
-        await vm.attach(Vsock())
-        await vm.resume()
-        resumed = time.monotonic_ns()
-        self.runs()
+    async def _greeted(self, vm: Vm, stack: AsyncExitStack) -> "Greeting":
+        """Plug the share in, while the guest finds its vsock, and return its hello. The agent looks for the share."""
         greeter = Greeter(vm, self.take_stream)
         stack.push_async_callback(greeter.close)
-        share = Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock")
-        hello = greeter.control(self.ignition.plan.settings.timeouts.hello)
-        _, greeting = await asyncio.gather(vm.attach(share), hello)
-        return resumed, greeting
+        await vm.attach(Share(messages.SHARE_TAG, self.ignition.place.directory / "fs.sock"))
+        self.runs()
+        return await greeter.control(self.ignition.plan.settings.timeouts.hello)
 
 
 async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
@@ -248,12 +238,11 @@ def setup_message(booted: Booted, hostname: str) -> dict[str, Any]:
     }
 
 
-def _record_guest(timeline: Timeline, booted: Booted, launched: int, hello: dict[str, Any]) -> None:
-    """Record the VMM's time until the guest ran, and the guest's until its hello.
+def _record_guest(timeline: Timeline, booted: Booted, hello: dict[str, Any]) -> None:
+    """Record the guest's time until its hello.
 
     A cold boot's is split into the kernel's and the agent's, as the guest measured them.
     """
-    timeline.span("vmm", launched, booted.resumed_ns)
     timeline.span("guest", booted.resumed_ns)
     boot_ms, agent_ms = hello.get("boot_ms"), hello.get("agent_ms")
     if isinstance(booted.origin, Boot) and isinstance(boot_ms, int) and isinstance(agent_ms, int):
@@ -269,13 +258,3 @@ def _last_said(lines: Sequence[str]) -> Sequence[str]:
     """The console's last lines; of a kernel panic those up to its cause, not the registers."""
     panic = next((n for n, line in enumerate(lines) if "Kernel panic" in line), None)
     return lines[-8:] if panic is None else lines[max(0, panic - 5) : panic + 1]
-
-
-def _diagnosed(error: ShimError, spec: VmSpec) -> ShimError:
-    """Return `error` with what is wrong with the kernel or image, else which they are: looked at only once a boot has
-    failed.
-    """
-    findings = [finding for path in (spec.kernel, spec.image) if (finding := host.verify_artifact(path))]
-    if findings:
-        return type(error)("; ".join([*findings, str(error)]))
-    return type(error)(f"{error} (kernel {spec.kernel}, image {spec.image})")

@@ -1,11 +1,11 @@
-"""The daemon's beginning: the pod's VM is started first, then what serves it is imported, while QEMU gets ready."""
+"""The daemon's beginning: the pod's VM is started first, what serves it is imported while the guest wakes up."""
 
 import os
 import socket
 import time
 
 from msgspec import Struct
-from pymicro.shim import guestspec, logs, rootfs
+from pymicro.shim import early, guestspec, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, load, with_annotations
 from pymicro.shim.errors import ShimError
@@ -41,14 +41,17 @@ def run(start: Start, listener: socket.socket) -> None:
         bundle=start.bundle,
         socket=start.socket_path,
     )
+    early.hold()
     pod = prepare(start, record, timeline)
-
     begun = time.monotonic_ns()
 
     import asyncio
 
+    from pymicro.shim import logs
     from pymicro.shim.serve import serve
 
+    settings = pod.plan.settings if isinstance(pod, Ignition) else Settings()
+    logs.set_up("debug" if start.debug else settings.log.level)
     timeline.span("import", begun)
     asyncio.run(serve(start, pod, record, timeline, listener))
 
@@ -57,13 +60,11 @@ def prepare(start: Start, record: Record, timeline: Timeline) -> Ignition | Shim
     """Return the pod with its VM on its way, or why there is none: Create will say so."""
     try:
         settings = load(_config_path(start.options))
-        _set_up_logs(start, settings)
         bundle = Bundle.load(start.bundle)
         settings = with_annotations(settings, bundle.annotations)
         guestspec.build(bundle.spec, start.sandbox_id)  # what no VM could run needs none to be refused
         return ignite(make_plan(bundle, settings), start.directory, start.sandbox_id, record.note, timeline)
     except ShimError as error:
-        _set_up_logs(start, Settings())
         return error
     except OSError as error:
         return ShimError(f"the sandbox cannot be set up: {error}")
@@ -75,7 +76,3 @@ def _config_path(options: bytes) -> str | None:
     from pymicro.shim.translate import config_path
 
     return config_path(options)
-
-
-def _set_up_logs(start: Start, settings: Settings) -> None:
-    logs.set_up("debug" if start.debug else settings.log.level)

@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from pymicro.shim.spawn import Child
+from pymicro.shim.spawn import LONGEST_LINE, Child, readable
 
 logger = logging.getLogger(__name__)
 
 KEPT_LINES = 80
-LONGEST_LINE = 500
 _READ_SIZE = 64 * 1024
 
 
@@ -35,7 +34,7 @@ class LogTail:
     @property
     def lines(self) -> list[str]:
         """The last lines, oldest first, the unfinished one included."""
-        return [*self._lines, *([_readable(self._partial)] if self._partial.strip() else [])]
+        return [*self._lines, *([readable(self._partial)] if self._partial.strip() else [])]
 
     def _read(self) -> None:
         try:
@@ -53,7 +52,7 @@ class LogTail:
         *whole, self._partial = (self._partial + data).split(b"\n")
         self._partial = self._partial[-LONGEST_LINE:]
         for line in whole:
-            if text := _readable(line):
+            if text := readable(line):
                 self._lines.append(text)
                 self._news.set()
                 logger.debug("%s: %s", self.name, text)
@@ -80,21 +79,20 @@ class LogTail:
         self._news.set()
 
 
-def _readable(line: bytes) -> str:
-    return "".join(c if c.isprintable() else " " for c in line[:LONGEST_LINE].decode(errors="replace")).strip()
-
-
 class Helper:
     """A running helper. `wait()` may be called by any number of tasks, also after the end."""
 
     def __init__(self, child: Child) -> None:
-        """Watch `child` from now on. What it has written so far is in its pipes."""
+        """Watch `child` from now on. What it has written so far is in its pipes. Raises HostMissing if it could not be
+        started.
+        """
+        child.check()
         self.name = child.name
-        self.pid = child.process.pid
+        self.pid = child.pid
         self.logs: Sequence[LogTail] = [LogTail(child.name, fd) for fd in child.take_outputs()]
-        self._process = child.process
+        self._child = child
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pidfd = os.pidfd_open(child.process.pid)
+        self._pidfd = os.pidfd_open(child.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
 
     def __repr__(self) -> str:
@@ -104,7 +102,7 @@ class Helper:
     def _reap(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        status = self._process.wait()
+        status = self._child.wait()
         for log in self.logs:
             log.close()
         if not self._exit.done():

@@ -3,7 +3,6 @@
 Each function looks once and returns frozen data; whatever is missing is a HostMissing that names the remedy.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
+from pymicro.shim import early
 from pymicro.shim.config import Settings
 from pymicro.shim.errors import HostMissing
 from pymicro.shim.tsc import tsc_khz as tsc_khz  # noqa: PLC0414  # one of the facts that this module offers
-
-logger = logging.getLogger(__name__)
 
 Accel = Literal["kvm", "tcg"]
 
@@ -97,7 +95,10 @@ def choose_accel(wanted: Literal["auto", "kvm", "tcg"], cpuinfo: str = CPUINFO, 
         return "kvm"
     if wanted == "kvm":
         raise HostMissing(f'vm.accel = "kvm", but KVM is not usable: {why}; or set vm.accel = "auto" to emulate')
-    logger.warning('KVM is not usable: %s; the VM is emulated, and slow. vm.accel = "tcg" silences this warning', why)
+    early.warning(
+        __name__,
+        f'KVM is not usable: {why}; the VM is emulated, and slow. vm.accel = "tcg" silences this warning',
+    )
     return "tcg"
 
 

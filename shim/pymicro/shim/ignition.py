@@ -1,7 +1,6 @@
-"""The first half of a pod's start: its place on the host, and its VM's processes started.
+"""The first half of a pod's start: its place on the host, its VM's processes, and the guest let run.
 
-It runs before asyncio and what rests on it are imported, which takes as long as QEMU's own start: so both happen at
-the same time. `boot` is the second half.
+All of it is plain code: what serves the pod is imported while the guest finds its devices. `boot` is the second half.
 """
 
 import os
@@ -15,8 +14,9 @@ from msgspec import Struct
 from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, vm_size
+from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
 from pymicro.shim.hypervisor import registry, virtiofsd
-from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, Spawned, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Spawned, VmSpec
 from pymicro.shim.netns import pod_netns
 from pymicro.shim.spawn import Child, Place
 from pymicro.shim.templates import Store, key
@@ -41,6 +41,15 @@ class Plan(Struct, frozen=True):
     @property
     def templates(self) -> Store:
         return template_store(self.settings)
+
+    def diagnosed(self, error: ShimError) -> ShimError:
+        """Return why a cold boot failed, with what is wrong with the kernel or image, else which they are: looked at
+        only now.
+        """
+        files = (self.spec.kernel, self.spec.image)
+        if findings := [finding for path in files if (finding := host.verify_artifact(path))]:
+            return type(error)("; ".join([*findings, str(error)]))
+        return type(error)(f"{error} (kernel {files[0]}, image {files[1]})")
 
 
 def make_plan(bundle: Bundle, settings: Settings) -> Plan:
@@ -69,11 +78,12 @@ def template_store(settings: Settings) -> Store:
 
 
 class Started(Struct, frozen=True):
-    """A VM's processes: they run, and nobody drives them yet."""
+    """A VM whose guest runs, since `resumed_ns` (CLOCK_MONOTONIC), and that nobody drives yet."""
 
     origin: Origin
     share: Child
     vmm: Spawned
+    resumed_ns: int
 
     def end(self) -> None:
         """End those that nobody has taken over. Idempotent."""
@@ -84,9 +94,10 @@ class Started(Struct, frozen=True):
 class Ignition:
     """A pod's place, and its VM if that could be started already: to make a template first takes asyncio."""
 
-    def __init__(self, plan: Plan, place: Place) -> None:
+    def __init__(self, plan: Plan, place: Place, timeline: Timeline) -> None:
         self.plan = plan
         self.place = place
+        self._timeline = timeline
         self.resources = ExitStack()
         self._started: Started | None = None
 
@@ -100,7 +111,7 @@ class Ignition:
         self.resources.close()
 
     def light(self) -> None:
-        """Start the VM if its origin is there. Raises HostMissing."""
+        """Start the VM if its origin is there. Raises as start()."""
         if origin := self._origin():
             self._started = self.start(origin)
 
@@ -112,14 +123,39 @@ class Ignition:
         return None
 
     def start(self, origin: Origin) -> Started:
-        """Start virtiofsd and the VMM, which connects to it in its own time. Raises HostMissing, OSError."""
-        plan, place = self.plan, self.place
-        share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
+        """Start virtiofsd and the VMM and let the guest run: from `origin`, or cold if a template fails.
+
+        Raises HostMissing, SandboxDied, StepTimeout, OSError; then nothing of it is left.
+        """
         try:
-            return Started(origin, share, plan.hypervisor.spawn(plan.spec, origin, place, (Vsock, Share)))
-        except BaseException:
-            share.end()
-            raise
+            return self._start(origin)
+        except (SandboxDied, StepTimeout, OSError) as error:
+            return self.start_cold(origin, error)
+
+    def start_cold(self, failed: Origin, error: Exception) -> Started:
+        """Start anew, after a VM from a template has failed with `error`: that template is discarded. Raises what is
+        known of the error if it was no template's.
+        """
+        if isinstance(failed, Boot):
+            raise self.plan.diagnosed(error) if isinstance(error, ShimError) else error from error
+        self.plan.templates.discard(failed.memory.parent.name, f"a VM restored from it failed: {error}")
+        return self.start(Boot())
+
+    def _start(self, origin: Origin) -> Started:
+        begun = time.monotonic_ns()
+        plan, place = self.plan, self.place
+        with ExitStack() as undo:
+            vmm = plan.hypervisor.spawn(plan.spec, origin, place, vsock=True)
+            undo.callback(vmm.end)
+            share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
+            undo.callback(share.end)
+            begun = self._timeline.span("spawn", begun)
+            import asyncio  # noqa: F401  # it is needed next, and the VMM is not ready yet
+
+            vmm.wake()
+            resumed = self._timeline.span("vmm", begun)
+            undo.pop_all()
+        return Started(origin, share, vmm, resumed)
 
     def take(self) -> Started | None:
         """Return what has been started, once: it is the caller's."""
@@ -130,7 +166,7 @@ class Ignition:
 def ignite(plan: Plan, directory: str, sandbox_id: str, note: Note, timeline: Timeline) -> Ignition:
     """Make the pod's place in the run directory `directory` and start its VM as far as that goes without asyncio.
 
-    Raises HostMissing, InvalidRequest (its network namespace), OSError; then nothing is left.
+    Raises HostMissing, InvalidRequest (its network namespace), SandboxDied, StepTimeout, OSError; then nothing is left.
     """
     spec = plan.spec
     with ExitStack() as stack:
@@ -142,10 +178,8 @@ def ignite(plan: Plan, directory: str, sandbox_id: str, note: Note, timeline: Ti
         for path in (share, view):
             path.mkdir(exist_ok=True)
         rootfs.make_share(str(share), str(view))
-        begun = time.monotonic_ns()
-        ignition = Ignition(plan, place)
+        ignition = Ignition(plan, place, timeline)
         ignition.light()
-        timeline.span("spawn", begun)
         ignition.resources = stack.pop_all()
         return ignition
 

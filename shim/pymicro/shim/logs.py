@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from pymicro.shim import early
+
 TIMELINE = "pymicro.shim.timeline"
 """The logger whose messages are JSON and stay as they are, for programs to read."""
 
@@ -33,5 +35,6 @@ def quoted(text: str) -> str:
 
 
 def set_up(level: str) -> None:
-    """Send everything at `level` and above to containerd."""
+    """Send everything at `level` and above to containerd, and what has been said before."""
     logging.basicConfig(level=level.upper(), handlers=[FifoHandler()], force=True)
+    early.release()

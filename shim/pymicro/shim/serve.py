@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from pymicro.shim import rootfs
 from pymicro.shim.daemon import Start
+from pymicro.shim.delete import leave_answer
 from pymicro.shim.errors import ShimError, status_code
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
@@ -50,6 +51,7 @@ async def serve(
     with suppress(FileNotFoundError):
         os.unlink(start.socket_path)
     rootfs.remove_tree(start.directory)
+    leave_answer(start.bundle)
     service.cleaned_up.set()
     await server.close(grace=1)
     with suppress(asyncio.CancelledError):

@@ -1,18 +1,23 @@
 """Starting the pod's host processes: the one place that forks a helper program.
 
 Each helper joins the pod's cgroups and network namespace before it runs its first instruction and dies with the shim
-(PDEATHSIG). No event loop is needed here: a VM's processes are started while asyncio is still to be imported.
+(PDEATHSIG). Nobody waits for that: the kernel takes 20 ms to put the first of them into a cgroup, and the shim has
+other things to do. No event loop is needed either: a VM's processes are started while asyncio is still to be imported.
 """
 
 import os
 import signal
-import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from msgspec import Struct
 from pymicro.shim import cgroup, syscalls
 from pymicro.shim.errors import HostMissing
+
+LONGEST_LINE = 500
+_LAST_LINES = 10
+_PIPE_SIZE = 64 * 1024
 
 
 class Place(Struct, frozen=True):
@@ -26,43 +31,108 @@ class Place(Struct, frozen=True):
 
 
 class Child:
-    """A helper that has been started; `helper.Helper` watches it. `outputs` are the read ends of stdout and stderr."""
+    """A helper that has been started; `helper.Helper` watches it. `outputs` are the read ends of stdout and stderr,
+    `failure` that of a pipe in which it says why it could not become its program.
+    """
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], outputs: tuple[int, ...]) -> None:
+    def __init__(self, name: str, program: str, pid: int, outputs: tuple[int, ...], failure: int) -> None:
         self.name = name
-        self.process = process
+        self.pid = pid
+        self._program = program
         self._outputs = outputs
+        self._failure = failure
+        self._status: int | None = None
 
     def __repr__(self) -> str:
-        return f"<Child {self.name} pid={self.process.pid}>"
+        return f"<Child {self.name} pid={self.pid}>"
+
+    def check(self) -> None:
+        """Wait until it runs its program. Raises HostMissing where it cannot; then nothing is left of it."""
+        if self._failure < 0:
+            return
+        with open(self._failure, "rb") as pipe:
+            self._failure = -1
+            reason = pipe.read().decode(errors="replace")
+        if reason:
+            self.end()
+            raise HostMissing(
+                f"cannot start {self.name} as {self._program!r}: {reason}; `pymicroctl check` tells what to install"
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone, of one that nobody watches."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status is not None
+
+    def wait(self) -> int:
+        """Reap it and return its exit status, negative for a signal."""
+        if self._status is None:
+            _, status = os.waitpid(self.pid, 0)
+            self._status = os.waitstatus_to_exitcode(status)
+        return self._status
 
     def take_outputs(self) -> tuple[int, ...]:
         """Return the read ends of stdout and stderr, which are the caller's from now on."""
         taken, self._outputs = self._outputs, ()
         return taken
 
+    def last_words(self) -> list[str]:
+        """Return the last lines that it wrote to stderr, of one that nobody watches."""
+        if not self._outputs:
+            return []
+        os.set_blocking(self._outputs[1], False)
+        with suppress(BlockingIOError):
+            lines = map(readable, os.read(self._outputs[1], _PIPE_SIZE).splitlines())
+            return [line for line in lines if line][-_LAST_LINES:]
+        return []
+
     def end(self) -> None:
         """Kill and reap it, unless somebody watches it. Idempotent."""
         if outputs := self.take_outputs():
-            self.process.kill()
-            self.process.wait()
+            if self._status is None:
+                os.kill(self.pid, signal.SIGKILL)
+                self.wait()
             for fd in outputs:
                 os.close(fd)
+        if self._failure >= 0:
+            os.close(self._failure)
+            self._failure = -1
 
 
-def spawn(
-    name: str, argv: Sequence[str], place: Place, pass_fds: Iterable[int] = (), *, huge_pages: bool = True
-) -> Child:
-    """Start `argv` in `place`, its stdout and stderr in a pipe each. Raises HostMissing.
+def readable(line: bytes) -> str:
+    """Return a line of a log without what could control a terminal, cut at LONGEST_LINE."""
+    return "".join(c if c.isprintable() else " " for c in line[:LONGEST_LINE].decode(errors="replace")).strip()
+
+
+def spawn(name: str, argv: list[str], place: Place, pass_fds: Iterable[int] = (), *, huge_pages: bool = True) -> Child:
+    """Start `argv` in `place`, its stdout and stderr in a pipe each; Child.check() tells whether that could be done.
 
     Without `huge_pages` its heap is not rounded up to 2 MiB at every use. The child joins cgroups and namespace between
     fork and exec: there is no moment at which it runs elsewhere.
     """
     parent = os.getpid()
-    out_read, out_write = os.pipe2(os.O_CLOEXEC)
-    err_read, err_write = os.pipe2(os.O_CLOEXEC)
+    pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+    pid = os.fork()
+    if pid == 0:
+        _become(argv, place, parent, [write for _, write in pipes], pass_fds, huge_pages)
+    for _, write in pipes:
+        os.close(write)
+    out, err, failure = (read for read, _ in pipes)
+    return Child(name, argv[0], pid, (out, err), failure)
 
-    def enter_place() -> None:
+
+def _become(
+    argv: list[str], place: Place, parent: int, pipes: list[int], pass_fds: Iterable[int], huge_pages: bool
+) -> None:
+    """Runs in the child and never returns: not one line of the shim's own logic may run here."""
+    out, err, failure = pipes
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
         syscalls.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -71,25 +141,26 @@ def spawn(
             syscalls.disable_huge_pages()
         if place.netns_fd is not None:
             syscalls.setns(place.netns_fd, syscalls.CLONE_NEWNET)
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDONLY)
+        for fd, source in ((0, null), (1, out), (2, err)):
+            os.dup2(source, fd)
+        _close_all_but({*pass_fds, failure})
+        for fd in pass_fds:
+            os.set_inheritable(fd, True)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-    try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=out_write,
-            stderr=err_write,
-            pass_fds=tuple(pass_fds),
-            cwd="/",
-            preexec_fn=enter_place,  # noqa: PLW1509  # the shim forks helpers from its only thread
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        os.close(out_read)
-        os.close(err_read)
-        raise HostMissing(
-            f"cannot start {name} as {argv[0]!r}: {error}; `pymicroctl check` tells what to install"
-        ) from error
+        os.execvp(argv[0], argv)  # noqa: S606  # that is the point
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the parent must hear of it and this process must end
+        with suppress(OSError):
+            os.write(failure, str(error).encode())
     finally:
-        os.close(out_write)
-        os.close(err_write)
-    return Child(name, process, (out_read, err_read))
+        os._exit(1)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """Close what was inherited beyond stdin, stdout and stderr, also what a library may have left inheritable."""
+    begin = 3
+    for fd in sorted(kept):
+        os.closerange(begin, fd)
+        begin = fd + 1
+    os.closerange(begin, 1 << 20)

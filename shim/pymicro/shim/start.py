@@ -14,8 +14,9 @@ import sys
 import time
 from contextlib import suppress
 
-from pymicro.shim import state
+from pymicro.shim import lean, state
 from pymicro.shim.arguments import Arguments
+from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 from pymicro.shim.guard import GOOD_END, become_guard
 
@@ -42,6 +43,8 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         os.unlink(path)
         raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    with suppress(FileNotFoundError):
+        os.unlink(ANSWER)  # of an earlier pod in this bundle
     with suppress(FileNotFoundError):
         state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
@@ -143,6 +146,7 @@ def _become_daemon(
         os.close(null)
         _adjust_oom_score()
 
+        lean.import_msgspec()
         from pymicro.shim.daemon import Start, run
 
         run(

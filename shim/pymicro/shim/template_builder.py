@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ class Builder(Struct, frozen=True):
         memory = scratch / files.MEMORY
         with open(memory, "xb") as file:
             os.truncate(file.fileno(), spec.memory_mib << 20)
-        async with hypervisor.take_over(hypervisor.spawn(spec, Boot(memory), place, ())) as vm:
-            await vm.resume()
-            await self._ready(vm.console_says(messages.READY))
-            await vm.save(scratch / files.STATE)
+        with ExitStack() as stack:
+            spawned = hypervisor.spawn(spec, Boot(memory), place, vsock=False)
+            stack.callback(spawned.end)
+            spawned.wake()
+            async with hypervisor.take_over(spawned) as vm:
+                await self._ready(vm.console_says(messages.READY))
+                await vm.save(scratch / files.STATE)
 
     async def _ready(self, waiting: Any) -> None:  # an awaitable of whatever
         try:

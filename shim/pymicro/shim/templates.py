@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from msgspec import Struct
+from pymicro.shim import early
 from pymicro.shim import template_files as files
 from pymicro.shim.errors import InvalidSettings
 from pymicro.shim.filelock import FileLock, try_lock
@@ -113,9 +114,7 @@ class Store(Struct, frozen=True):
 
     def discard(self, name: str, why: str) -> None:
         """Remove a template and say why."""
-        import logging
-
-        logging.getLogger(__name__).warning("template %s is discarded: %s", name, why)
+        early.warning(__name__, f"template {name} is discarded: {why}")
         with suppress(OSError):  # a start goes on without it
             self.remove(name)
 
@@ -216,11 +215,9 @@ def _host_cpu() -> str:
 
 def _cold(why: str) -> "Origin":
     """Return a cold boot, having said why."""
-    import logging
-
     from pymicro.shim.hypervisor.base import Boot
 
-    logging.getLogger(__name__).warning("no template for this pod, it boots cold: %s", why)
+    early.warning(__name__, f"no template for this pod, it boots cold: {why}")
     return Boot()
 
 

@@ -1,10 +1,7 @@
 """Where the milliseconds of a start go: one JSON line per start in the shim's log."""
 
 import json
-import logging
 import time
-
-logger = logging.getLogger(__name__)
 
 
 class Timeline:
@@ -29,4 +26,6 @@ class Timeline:
         """Write the line."""
         total = round((time.monotonic_ns() - self._begun) / 1e6, 1)
         line = {"pymicro": "start", "container": container_id, **facts, "total_ms": total, "phases_ms": self._phases}
-        logger.info("%s", json.dumps(line))
+        import logging
+
+        logging.getLogger(__name__).info("%s", json.dumps(line))

@@ -1,7 +1,7 @@
-"""The interface that every VMM backend implements: spawn, take over paused, attach the pod's devices, resume.
+"""The interface that every VMM backend implements: spawn, wake, take over, attach the pod's devices.
 
-A VmSpec holds only what every pod of that size shares. Whatever belongs to one pod (its share, vsock, NICs, disks) is
-attached to the paused VM, so that a VM booted from the kernel and one restored from a template differ in one argument.
+A VmSpec holds only what every pod of that size shares. Whatever belongs to one pod (its vsock, share, NICs, disks) is
+plugged in, so that a VM booted from the kernel and one restored from a template differ in one argument.
 """
 
 from collections.abc import Sequence
@@ -53,11 +53,8 @@ class Share(Struct, frozen=True):
     socket: Path
 
 
-class Vsock(Struct, frozen=True):
-    """The VM's vsock device. Connections that the guest opens to the host are taken with Vm.accept()."""
-
-
-Device = Share | Vsock
+Device = Share
+"""What can be plugged into a VM that runs. NICs and disks will join it."""
 
 
 class VmExit(Struct, frozen=True):
@@ -74,18 +71,17 @@ class VmExit(Struct, frozen=True):
 
 
 class Vm(Protocol):
-    """A running (or still paused) VM."""
+    """A VM whose guest runs."""
 
     pid: int
 
     async def attach(self, device: Device) -> None:
-        """Plug `device` in; the guest finds it when it runs. Raises SandboxDied, HostMissing, StepTimeout."""
-
-    async def resume(self) -> None:
-        """Let the guest run. Raises SandboxDied."""
+        """Plug `device` in; the guest finds it. Raises SandboxDied, HostMissing, StepTimeout."""
 
     async def accept(self) -> "Channel":
-        """Wait for the next connection that the guest opens to its host port. Raises SandboxDied."""
+        """Wait for the next connection that the guest opens to its host port: it has a vsock device. Raises
+        SandboxDied.
+        """
 
     async def console_says(self, text: str) -> None:
         """Wait until the guest's console has shown `text`. Raises SandboxDied."""
@@ -106,18 +102,30 @@ class Vm(Protocol):
 class Spawned(Protocol):
     """A VMM that has been started and that nobody drives yet."""
 
+    def wake(self) -> None:
+        """Wait until the VMM is ready, plug the vsock in, and let the guest run. Raises SandboxDied, StepTimeout,
+        OSError.
+        """
+
     def end(self) -> None:
         """End it, unless somebody has taken it over, and free what it took. Idempotent."""
 
 
 class Hypervisor(Protocol):
-    """A VMM backend. A VM comes up in two steps, so that its processes start while asyncio is still to be imported."""
+    """A VMM backend.
+
+    A VM comes up in three steps, of which two are plain code: its guest runs before what drives it is imported.
+    """
 
     def identity(self, spec: VmSpec) -> str:
         """Return what a template for `spec` depends on beside the files that it names: the arguments."""
 
-    def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> Spawned:
-        """Start a VMM with `spec`, paused, that will be given `devices`; wait for nothing. Raises HostMissing."""
+    def spawn(self, spec: VmSpec, origin: Origin, place: Place, *, vsock: bool) -> Spawned:
+        """Start a VMM with `spec`, paused, that will be given a `vsock` or not; wait for nothing. Raises HostMissing,
+        OSError.
+        """
 
     def take_over(self, spawned: Any) -> AbstractAsyncContextManager[Vm]:  # what this backend's spawn() returned
-        """Yield the VM, paused. Leaving the context ends it and frees what it took. Raises SandboxDied, StepTimeout."""
+        """Yield the VM that has been woken. Leaving the context ends it and frees what it took. Raises SandboxDied,
+        StepTimeout.
+        """

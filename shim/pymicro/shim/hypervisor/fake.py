@@ -14,7 +14,7 @@ from typing import Any
 from pymicro.shim.channel import memory
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied
-from pymicro.shim.hypervisor.base import Device, Origin, VmExit, VmSpec, Vsock
+from pymicro.shim.hypervisor.base import Device, Origin, VmExit, VmSpec
 from pymicro.shim.spawn import Place
 from pymicro.wire import frames, messages
 
@@ -235,11 +235,6 @@ class FakeVm:
         """Take note of `device`."""
         self.devices.append(device)
 
-    async def resume(self) -> None:
-        """Let the guest run. Without a vsock it gets no farther than to be ready for one."""
-        if any(isinstance(device, Vsock) for device in self.devices):
-            self.guest.boot(self.dial)
-
     async def console_says(self, text: str) -> None:
         """Return at once: the guest has said it."""
 
@@ -281,7 +276,7 @@ class FakeHypervisor:
     """Implements hypervisor.base.Hypervisor.
 
     `origins` are those of the VMs that it was asked for, `vms` those that were taken over, `running` how many have not
-    ended. `spoil(origin)` may raise in place of that.
+    ended. `spoil(origin)` may raise in place of being woken.
     """
 
     def __init__(self, guest: FakeGuest | None = None) -> None:
@@ -295,20 +290,21 @@ class FakeHypervisor:
         """Return what tells VMs of different shapes apart."""
         return repr(spec)
 
-    def spawn(self, spec: VmSpec, origin: Origin, place: Place, devices: Sequence[type[Device]]) -> "SpawnedFake":
+    def spawn(self, spec: VmSpec, origin: Origin, place: Place, *, vsock: bool) -> "SpawnedFake":
         """Take note of what is wanted."""
-        del spec, place, devices
+        del spec, place
         self.origins.append(origin)
         self.running += 1
-        return SpawnedFake(self, origin)
+        return SpawnedFake(self, origin, vsock=vsock)
 
     @asynccontextmanager
     async def take_over(self, spawned: "SpawnedFake") -> AsyncIterator[FakeVm]:
-        """Yield a VM whose guest is the script; or raise what `spoil` raises."""
+        """Yield a VM whose guest is the script: without a vsock it gets no farther than to be ready for one."""
         try:
-            self.spoil(spawned.origin)
             vm = FakeVm(self.guest)
             self.vms.append(vm)
+            if spawned.vsock:
+                self.guest.boot(vm.dial)
             try:
                 yield vm
             finally:
@@ -320,9 +316,15 @@ class FakeHypervisor:
 class SpawnedFake:
     """A VMM that has been started; it counts as running until it is ended."""
 
-    def __init__(self, hypervisor: FakeHypervisor, origin: Origin) -> None:
+    def __init__(self, hypervisor: FakeHypervisor, origin: Origin, *, vsock: bool) -> None:
         self.origin = origin
+        self.vsock = vsock
+        self._spoil = hypervisor.spoil
         self._hypervisor: FakeHypervisor | None = hypervisor
+
+    def wake(self) -> None:
+        """Raise what `spoil` raises."""
+        self._spoil(self.origin)
 
     def end(self) -> None:
         """End it. Idempotent."""

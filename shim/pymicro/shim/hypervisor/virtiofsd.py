@@ -33,7 +33,7 @@ def command(program: Virtiofsd, directory: Path, listener_fd: int) -> list[str]:
 
 
 def start(program: Virtiofsd, directory: Path, socket_path: Path, place: Place) -> Child:
-    """Start virtiofsd for `directory`, listening at `socket_path`. Raises HostMissing when it cannot be started."""
+    """Start virtiofsd for `directory`, listening at `socket_path`."""
     socket_path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(socket_path))

@@ -38,15 +38,19 @@ def _value(text: str) -> str:
     return text.replace(",", ",,")
 
 
+def _monitor(name: str, fd: int) -> tuple[str, ...]:
+    return "-chardev", f"socket,id={name},fd={fd}", "-mon", f"chardev={name},mode=control"
+
+
 def command(
     spec: VmSpec,
     *,
-    monitor_fd: int,
+    monitor_fds: tuple[int, int],
     tsc_khz: int,
     memory: str | None = None,
     incoming: bool = False,
 ) -> list[str]:
-    """Return the words that start QEMU for `spec`, paused, its monitor on the connected socket `monitor_fd`.
+    """Return the words that start QEMU for `spec`, paused, its two monitors on connected sockets.
 
     RAM lies in the file `memory`, or in memory of QEMU's own. With `incoming` the VM waits for a saved one's state.
     The guest's console is QEMU's stdout.
@@ -75,7 +79,7 @@ def command(
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-global", "virtio-mmio.force-legacy=false"),
-        *("-chardev", f"socket,id=monitor,fd={monitor_fd}", "-mon", "chardev=monitor,mode=control"),
+        *(word for name, fd in zip(("early", "late"), monitor_fds, strict=True) for word in _monitor(name, fd)),
         *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
         *(
             "-blockdev",

@@ -1,7 +1,8 @@
-"""A QEMU VM that runs, driven over QMP."""
+"""A QEMU VM whose guest runs, driven over QMP."""
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -11,8 +12,8 @@ from typing import Any
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
 from pymicro.shim.helper import Helper, watched
-from pymicro.shim.hypervisor.base import Device, Share, Template, VmExit, Vsock
-from pymicro.shim.hypervisor.qemu import cmdline
+from pymicro.shim.hypervisor.base import Device, VmExit
+from pymicro.shim.hypervisor.qemu import cmdline, commands
 from pymicro.shim.hypervisor.qemu.backend import SpawnedQemu
 from pymicro.shim.hypervisor.qemu.vsock import VsockBackend
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
@@ -36,9 +37,6 @@ async def running(spawned: SpawnedQemu, timeout: float) -> AsyncIterator["QemuVm
         vm = QemuVm(process, helpers, vsock, timeout)
         stack.push_async_callback(vm.disconnect)
         await vm.connect(spawned.monitor)
-        spawned.filling.wait()
-        if isinstance(spawned.origin, Template):
-            await vm.load(spawned.origin.state)
         yield vm
 
 
@@ -52,7 +50,7 @@ class QemuVm:
         self._vsock = vsock
         self._timeout = timeout
         self._qmp = QMPClient("pymicro")
-        self._free_ports = [f"port{n}" for n in reversed(range(cmdline.ROOT_PORTS))]
+        self._free_ports = [*range(cmdline.ROOT_PORTS - 1, 0, -1)]  # the first is the vsock's
 
     def __repr__(self) -> str:
         return f"<QemuVm {self._process!r} devices={cmdline.ROOT_PORTS - len(self._free_ports)}>"
@@ -69,6 +67,8 @@ class QemuVm:
 
     async def disconnect(self) -> None:
         """Let the monitor go; whatever it says is of no interest any more."""
+        for helper in self._helpers:
+            helper.send_signal(signal.SIGKILL)  # it goes while QEMU does
         await self._process.kill()
         try:
             await self._qmp.disconnect()
@@ -80,46 +80,13 @@ class QemuVm:
         if not self._free_ports:
             raise Unsupported(f"a VM takes {cmdline.ROOT_PORTS} devices and all slots are in use")
         port = self._free_ports.pop()
-        match device:
-            case Share():
-                await self._add_chardev("share", device.socket)
-                await self._add_device(port, {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": device.tag})
-            case Vsock():
-                assert self._vsock is not None, "spawned without a Vsock among its devices"
-                if self._vsock.chardev_path:
-                    await self._wait_for_socket(self._vsock.chardev_path)
-                    await self._add_chardev("vsock", self._vsock.chardev_path)
-                await self._add_device(port, self._vsock.properties)
-
-    async def _wait_for_socket(self, path: Path) -> None:
-        """Wait until the program that serves the vsock listens at `path`."""
-        (helper,) = self._helpers
-        deadline = asyncio.get_running_loop().time() + self._timeout
-        while not path.exists():
-            if not helper.running:
-                raise SandboxDied(str(VmExit(helper.name, await helper.wait(), helper.last_lines)))
-            if asyncio.get_running_loop().time() > deadline:
-                raise StepTimeout(
-                    f"{helper.name} did not create {path} in {self._timeout:g} s (timeouts.vmm);"
-                    f" its last lines: {helper.last_lines}"
-                )
-            await asyncio.sleep(_POLL)
-
-    async def _add_chardev(self, name: str, path: Path) -> None:
-        address = {"type": "unix", "data": {"path": str(path)}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False}}
-        await self._execute("chardev-add", {"id": name, "backend": backend})
-
-    async def _add_device(self, port: str, properties: dict[str, Any]) -> None:  # JSON of any kind
-        await self._execute("device_add", {"id": f"device-{port}", "bus": port, **properties})
-
-    async def resume(self) -> None:
-        """Let the guest run. Raises SandboxDied, StepTimeout."""
-        await self._execute("cont")
+        await self._execute(*commands.add_chardev("share", device.socket))
+        properties = {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": device.tag}
+        await self._execute(*commands.add_device(port, properties))
 
     async def accept(self) -> Channel:
         """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
-        assert self._vsock is not None, "attach a Vsock before accept()"
+        assert self._vsock is not None, "spawned without a vsock"
         accepting = asyncio.ensure_future(self._vsock.listener.accept())
         dying = asyncio.ensure_future(self.wait())
         try:
@@ -141,35 +108,15 @@ class QemuVm:
         StepTimeout.
         """
         await self._execute("stop")
-        await self._migrate_devices_alone()
+        await self._execute(*commands.DEVICES_ALONE)
         with open(state, "xb") as file:
             self._qmp.send_fd_scm(file.fileno())
             await self._execute("getfd", {"fdname": "state"})
             await self._execute("migrate", {"uri": "fd:state"})
             await self._step("migrate", self._migrated())
 
-    async def load(self, state: Path) -> None:
-        """Take on the state that save() wrote. Raises SandboxDied, StepTimeout."""
-        await self._migrate_devices_alone()
-        with open(state, "rb") as file:
-            self._qmp.send_fd_scm(file.fileno())
-            await self._execute("getfd", {"fdname": "state"})
-            await self._execute("migrate-incoming", {"uri": "fd:state"})
-            await self._step("migrate-incoming", self._migrated())
-
-    async def _migrate_devices_alone(self) -> None:
-        """Leave RAM out of the state: it is in a file of its own."""
-        capability = {"capability": "x-ignore-shared", "state": True}
-        await self._execute("migrate-set-capabilities", {"capabilities": [capability]})
-
     async def _migrated(self) -> None:
-        while True:
-            progress = await self._qmp.execute("query-migrate")
-            status = progress.get("status") if isinstance(progress, dict) else None
-            if status == "completed":
-                return
-            if status in {"failed", "cancelled"}:
-                raise SandboxDied(f"QEMU could not move the VM's state: {progress}")
+        while not commands.migrated(await self._qmp.execute("query-migrate")):
             await asyncio.sleep(_POLL)
 
     async def wait(self) -> VmExit:
