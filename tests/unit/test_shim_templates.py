@@ -173,7 +173,7 @@ async def test_damage_costs_one_cold_boot_and_one_warning_and_then_there_is_a_ne
         a_moment_later()
         damage(bench.where / file)
         with no_descriptor_leaks():
-            assert bench.store.find(bench.name) is None
+            assert isinstance(bench.store.look_up(bench.name), Boot)
         assert bench.left() == []
         assert len(said) == 1
         assert f"it boots cold: template {bench.name} is discarded: " in said[0]
@@ -194,7 +194,7 @@ async def test_damage_costs_one_cold_boot_and_one_warning_and_then_there_is_a_ne
 async def test_other_file_with_the_same_content_is_no_template_s_memory(bench: Bench) -> None:
     await bench.template()
     Damage("copy")(bench.where / MEMORY)
-    assert bench.store.find(bench.name) is None
+    assert isinstance(bench.store.look_up(bench.name), Boot)
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "an empty directory"])
@@ -270,7 +270,7 @@ async def test_damaged_one_is_left_to_whoever_replaces_it(bench: Bench) -> None:
 async def test_looking_does_not_change_one(bench: Bench) -> None:
     template = await bench.template()
     for _ in range(3):
-        assert bench.store.find(bench.name) == template
+        assert bench.store.look_up(bench.name) == template
         assert bench.store.condition(bench.name, thorough=True) == OK
 
 
@@ -286,7 +286,7 @@ async def test_pages_that_a_private_mapping_reads_are_no_damage() -> None:
         ):
             assert mapped[2 << 20 : 3 << 20] == bytes(1 << 20)
         assert bench.store.facts(bench.name).held_bytes >= 2 << 20
-        assert bench.store.find(bench.name) == template
+        assert bench.store.look_up(bench.name) == template
         assert bench.store.condition(bench.name, thorough=True) == OK
 
 
@@ -308,7 +308,7 @@ async def test_write_through_a_mapping_is_found_by_those_who_read_the_memory() -
         await bench.template()
         a_moment_later()
         mapping[0][1 << 20] ^= 0xFF
-        assert bench.store.find(bench.name) is not None, "this kernel notices; say so in docs/threat-model.md"
+        assert isinstance(bench.store.look_up(bench.name), Template), "this kernel notices; say so in docs/threat-model.md"
         assert bench.store.condition(bench.name, thorough=True) == "damaged: changed since it was made: memory"
         assert list(bench.store.prune(thorough=True)) == [bench.name]
         mapping[0].close()

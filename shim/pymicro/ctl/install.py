@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAMS = ("containerd-shim-pymicro-v1", "pymicroctl")
 LINKS = Path("/usr/local/bin")
 SETTINGS = Path("/etc/pymicro/config.toml")
+TEMPLATES = Path("/dev/shm/pymicro-templates")  # noqa: S108  # the default of templates.directory, root's alone
 
 SETTINGS_TEXT = """\
 # pymicro's settings. Every key has a default; docs/configuration.md explains them all.
@@ -119,6 +120,8 @@ def uninstall(target: Target, *, purge: bool) -> None:
         if link.is_symlink() and link.readlink() == target.prefix / "venv/bin" / name:
             link.unlink()
     shutil.rmtree(target.path(target.prefix), ignore_errors=True)
+    if not target.destdir:  # no VM that runs needs them
+        shutil.rmtree(TEMPLATES, ignore_errors=True)
     if purge:
         shutil.rmtree(target.path(SETTINGS.parent), ignore_errors=True)
 

@@ -5,12 +5,11 @@ import logging
 import sys
 import time
 
-from pymicro.shim import host
-from pymicro.shim.config import Settings, load
+from pymicro.shim.config import Settings, VmSize, load
 from pymicro.shim.errors import ShimError
 from pymicro.shim.hypervisor import registry
-from pymicro.shim.hypervisor.base import Template, VmSpec
-from pymicro.shim.ignition import template_store
+from pymicro.shim.hypervisor.base import Template
+from pymicro.shim.ignition import template_store, vm_of_size
 from pymicro.shim.spawn import Place
 from pymicro.shim.template_builder import Builder
 from pymicro.shim.templates import Store
@@ -51,15 +50,7 @@ def _prune(store: Store) -> None:
 
 
 async def _build(settings: Settings, vcpus: int | None, memory_mib: int | None) -> int:
-    kernel, image = host.guest_files(settings)
-    spec = VmSpec(
-        binary=host.find_qemu(settings),
-        kernel=kernel,
-        image=image,
-        vcpus=vcpus or settings.vm.vcpus,
-        memory_mib=memory_mib or settings.vm.memory_mib,
-        accel=host.choose_accel(settings.vm.accel),
-    )
+    spec = vm_of_size(settings, VmSize(vcpus or settings.vm.vcpus, memory_mib or settings.vm.memory_mib))
     store = template_store(settings)
     builder = Builder(store, settings.timeouts.hello)
     origin = await builder.origin(spec, registry.hypervisor(settings), Place(store.directory))

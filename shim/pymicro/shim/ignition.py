@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 from pymicro.shim import cgroup, host, rootfs
 from pymicro.shim.bundle import Bundle
-from pymicro.shim.config import Settings, vm_size
+from pymicro.shim.config import Settings, VmSize, vm_size
 from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
 from pymicro.shim.hypervisor import registry, virtiofsd
 from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Spawned, VmSpec
@@ -60,7 +60,11 @@ def make_plan(bundle: Bundle, settings: Settings) -> Plan:
 
 def vm_spec(bundle: Bundle, settings: Settings) -> VmSpec:
     """Return the VM that a pod gets. Raises HostMissing, InvalidSettings."""
-    size = vm_size(settings, bundle.resources, bundle.annotations)
+    return vm_of_size(settings, vm_size(settings, bundle.resources, bundle.annotations))
+
+
+def vm_of_size(settings: Settings, size: VmSize) -> VmSpec:
+    """Return a VM of that size, as this host makes them. Raises HostMissing, InvalidSettings."""
     kernel, image = host.guest_files(settings)
     return VmSpec(
         binary=host.find_qemu(settings),

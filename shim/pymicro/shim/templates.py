@@ -59,13 +59,6 @@ class Store(Struct, frozen=True):
         except (InvalidSettings, OSError) as error:
             return _cold(str(error))
 
-    def find(self, name: str) -> "Template | None":
-        """Return the template called `name` if there is one that can be used; a damaged one is discarded."""
-        from pymicro.shim.hypervisor.base import Template
-
-        found = self.look_up(name)
-        return found if isinstance(found, Template) else None
-
     def template(self, name: str) -> "Template":
         """Return the template `name`, which the caller knows to be sound."""
         from pymicro.shim.hypervisor.base import Template
