@@ -151,13 +151,11 @@ class Ignition:
         with ExitStack() as undo:
             vmm = plan.hypervisor.spawn(plan.spec, origin, place, vsock=True)
             undo.callback(vmm.end)
-            share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
-            undo.callback(share.end)
             begun = self._timeline.span("spawn", begun)
-            import asyncio  # noqa: F401  # it is needed next, and the VMM is not ready yet
-
             vmm.wake()
             resumed = self._timeline.span("vmm", begun)
+            # not earlier: the VMM needs the CPU more, and the guest looks for its share when it has said hello
+            share = virtiofsd.start(plan.virtiofsd, place.directory / "view", place.directory / "fs.sock", place)
             undo.pop_all()
         return Started(origin, share, vmm, resumed)
 
