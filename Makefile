@@ -13,10 +13,12 @@ PREFIX     ?= /opt/pymicro
 DESTDIR    ?=
 TESTS      ?=
 PYTEST     ?=
+ARGS       ?=
+LIMIT      ?= 1800
 
 # -- names used below --------------------------------------------------------------------------------------------------
 # Root is needed for apt and for containers. Another user's sudo keeps that user's cache.
-KEPT   := PYMICRO_CACHE,PYMICRO_DEBIAN_MIRROR,PYMICRO_IMAGE,PYMICRO_KERNEL,XDG_CACHE_HOME,KERNEL_SOURCE,CI
+KEPT   := CLOUD_HYPERVISOR,PYMICRO_CACHE,PYMICRO_DEBIAN_MIRROR,PYMICRO_IMAGE,PYMICRO_KERNEL,XDG_CACHE_HOME,KERNEL_SOURCE,CI
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=$(KEPT) HOME=$(HOME))
 VENV   := .venv/bin
 HOST   := $(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(PYTHON)
@@ -33,10 +35,10 @@ PACKAGES := \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check unit integration e2e slow bench kernel rootfs protos install uninstall up down clean
+.PHONY: help run test check unit integration e2e slow kvm-lab bench kernel rootfs protos install uninstall up down clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # -- trying it out -----------------------------------------------------------------------------------------------------
 run: ready ## set everything up, run one container in its own VM, and say which kernels host and container have
@@ -70,6 +72,11 @@ e2e: ready ## run the tests that start containers through a real containerd (STA
 
 slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" shortens the longest)
 	$(SUDO) $(VENV)/pytest -m slow --start=$(START) tests/integration tests/e2e $(PYTEST)
+
+# The command line goes by way of the environment: whatever is quoted in it stays quoted.
+kvm-lab: export LAB_COMMAND = $(ARGS)
+kvm-lab: ready ## run a command (ARGS="...") or a shell on an emulated host with KVM, for LIMIT seconds at most
+	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
 
 bench: ready ## measure starts, exec, memory and throughput against runc and the bare QEMU (ROUNDS=2 WAVES=1,5 IDLE=1,5)
 	$(SUDO) env $(foreach name,ROUNDS WAVES IDLE MEGABYTES,$(if $($(name)),$(name)=$($(name)))) $(VENV)/python -m tests.bench

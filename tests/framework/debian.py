@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.framework.cache import cache_directory, locked
@@ -53,16 +55,30 @@ class Suite:
 
     def unpack(self, packages: list[str], into: Path) -> None:
         """Download the newest version of each package and unpack it into `into`. Raises ToolError."""
-        self._directory.mkdir(exist_ok=True)
-        with locked(self._directory / "lock"), tempfile.TemporaryDirectory(dir=into) as scratch:
-            if self.name not in _updated:
-                self._apt("update")
-                _updated.add(self.name)
-            self._apt("download", *packages, cwd=scratch)
+        with self._lists(), tempfile.TemporaryDirectory(dir=into) as scratch:
+            self._apt("apt-get", "download", *packages, cwd=scratch)
             for deb in sorted(Path(scratch).glob("*.deb")):
                 subprocess.run(["dpkg-deb", "-x", deb, into], check=True)
 
-    def _apt(self, *command: str, cwd: str | None = None) -> None:
+    def dependencies(self, package: str) -> list[str]:
+        """Return what the newest version of a package depends on: of `linux-image-amd64`, its kernel. Raises
+        ToolError.
+        """
+        with self._lists():
+            listing = self._apt("apt-cache", "depends", "--important", package)
+        return [line.split(":", 1)[1].strip() for line in listing.splitlines() if "Depends:" in line]
+
+    @contextmanager
+    def _lists(self) -> Iterator[None]:
+        """Have the suite's package lists for this process alone, fetched once by it. Raises ToolError."""
+        self._directory.mkdir(exist_ok=True)
+        with locked(self._directory / "lock"):
+            if self.name not in _updated:
+                self._apt("apt-get", "update")
+                _updated.add(self.name)
+            yield
+
+    def _apt(self, program: str, *command: str, cwd: str | None = None) -> str:
         options = {
             "Dir::Etc::sourcelist": self._sources(),
             "Dir::Etc::sourceparts": self._made("parts"),
@@ -78,12 +94,13 @@ class Suite:
             "Acquire::Check-Valid-Until": "false",
             "Acquire::Retries": "3",
         }
-        argv = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in options.items()), *command]
+        argv = [program, "-q", *(f"-o{key}={value}" for key, value in options.items()), *command]
         done = subprocess.run(argv, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-            raise ToolError(f"apt-get {' '.join(command)} from Debian {self.name} failed:\n{lines}")
+            raise ToolError(f"{program} {' '.join(command)} from Debian {self.name} failed:\n{lines}")
         print(f"  Debian {self.name}: {' '.join(command)}", file=sys.stderr, flush=True)
+        return done.stdout
 
     def _sources(self) -> Path:
         file = self._directory / "sources.list"
