@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import asdict
+from pymicro.shim.config import Timeouts
 
 from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
 from tests.framework.ctr import PYMICRO, Container, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod, SharedPod
 from tests.framework.settings import dev_paths
+from tests.framework.waiting import SLOWER, seconds
 
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 
@@ -41,6 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "e2e" in item.path.relative_to(REPOSITORY).parts:
             item.add_marker("e2e")
+        if SLOWER != 1:
+            marker = item.get_closest_marker("timeout")
+            usual = marker.args[0] if marker else item.config.getini("timeout")
+            item.add_marker(pytest.mark.timeout(seconds(float(usual))), append=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,13 +74,18 @@ def artefacts() -> dict[str, str]:
     return dev_paths()
 
 
+def patient_timeouts() -> dict[str, float]:
+    """Return the shim's `[timeouts]` for this host: the defaults, times what it is slower."""
+    return {name: seconds(value) for name, value in asdict(Timeouts()).items()}
+
+
 @pytest.fixture(scope="session")
 def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Containerd]:
     """Yield a containerd of our own, started once per version, with the image `localhost/busybox:latest`."""
     if os.geteuid():
         pytest.skip("containerd needs root")
     with claimed_directory(REPOSITORY / "build/test") as directory:
-        settings = {"vm": {"start": request.config.getoption("--start")}}
+        settings = {"vm": {"start": request.config.getoption("--start")}, "timeouts": patient_timeouts()}
         namespace = f"test-{secrets.token_hex(3)}"
         instance = Containerd(request.param, directory, namespace=namespace, settings=settings)
         try:

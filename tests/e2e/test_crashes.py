@@ -17,6 +17,7 @@ from tests.framework.containerd import Containerd
 from tests.framework.ctr import Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
+from tests.framework.waiting import seconds
 
 pytestmark = pytest.mark.usefixtures("only_our_runtime")
 
@@ -56,9 +57,9 @@ def events(ctr: Ctr, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
             stdout=output,
         )
     try:
-        time.sleep(0.3)  # it says nothing when it has subscribed
+        time.sleep(seconds(0.3))  # it says nothing when it has subscribed
         yield seen
-        time.sleep(0.3)
+        time.sleep(seconds(0.3))
     finally:
         watcher.kill()
         watcher.wait()
@@ -98,14 +99,14 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(
         container = ctr.start(*SLEEP)
         waiter = attached(ctr, "tasks", "exec", "--exec-id", "other", container.id, *SLEEP)
         eventually(lambda: "other" in ctr("tasks", "ps", container.id).stdout, "the exec runs", 10)
-        time.sleep(STARTED)
+        time.sleep(seconds(STARTED))
 
         kill(Sandbox(ctr.containerd, container.id), kind)
 
         # with a dead shim, also with runc's, containerd forgets the task and clients hear of a broken connection
         status, code = ("GONE", 1) if kind == SHIM else ("STOPPED", KILLED)
         eventually(lambda: container.status == status, f"the task is {status}", PROMPT)
-        assert waiter.wait(PROMPT) == code
+        assert waiter.wait(seconds(PROMPT)) == code
         if kind != SHIM:
             assert container.wait(PROMPT) == KILLED
     assert [status for name, status in exits(seen, container.id) if name == container.id] == [KILLED]
@@ -121,7 +122,7 @@ def test_ctr_run_returns_when_a_process_is_killed(ctr: Ctr, leftovers: Leftovers
 
     kill(Sandbox(ctr.containerd, container_id), kind)
 
-    _, errors = client.communicate(timeout=PROMPT)
+    _, errors = client.communicate(timeout=seconds(PROMPT))
     assert client.returncode == code
     assert "ttrpc: closed" in errors.decode() if kind == SHIM else not errors  # what runc's clients see as well
     leftovers.check()
@@ -132,7 +133,7 @@ def test_a_panic_of_the_guest_ends_the_container(ctr: Ctr, leftovers: Leftovers)
     done = ctr.run("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000", options=["--privileged"])
 
     assert done.returncode == KILLED
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < seconds(60)
     assert "qemu ended" in ctr.containerd.log_tail()
     leftovers.check()
 
@@ -193,7 +194,7 @@ def test_a_shim_killed_while_starting(ctr: Ctr, leftovers: Leftovers, delay: flo
 
     os.kill(pid, signal.SIGKILL)
 
-    _, errors = client.communicate(timeout=PROMPT)
+    _, errors = client.communicate(timeout=seconds(PROMPT))
     assert client.returncode != 0
     assert errors or client.returncode == KILLED
     leftovers.check()
@@ -218,7 +219,7 @@ def test_a_vm_killed_while_starting(ctr: Ctr, leftovers: Leftovers, kind: str, d
 
     os.kill(pid, signal.SIGKILL)
 
-    _, errors = client.communicate(timeout=PROMPT)
+    _, errors = client.communicate(timeout=seconds(PROMPT))
     assert client.returncode == KILLED or f"{kind} ended with signal 9" in errors.decode()
     leftovers.check()
 
@@ -238,7 +239,7 @@ def test_a_shim_killed_while_it_makes_a_template_leaves_nothing_of_it(
 
     sandbox.kill(SHIM)
 
-    client.communicate(timeout=PROMPT)
+    client.communicate(timeout=seconds(PROMPT))
     assert client.returncode != 0
     leftovers.check()
     assert [each for each in templates.iterdir() if each.is_dir()] == []
@@ -256,7 +257,7 @@ def test_a_container_starts_although_its_template_could_not_be_made(
 
     sandbox.kill("qemu")
 
-    output, _ = client.communicate(timeout=60)
+    output, _ = client.communicate(timeout=seconds(60))
     assert (client.returncode, output) == (0, b"well\n")
     leftovers.check()
     assert [each for each in templates.iterdir() if each.is_dir()] == []
@@ -285,9 +286,9 @@ def test_a_container_outlives_containerd(ctr: Ctr, daemon: Containerd, leftovers
     assert (container.status, container.pid) == ("RUNNING", pid)
     assert container.exec("echo", "still here").stdout == "still here\n"
     waiter = attached(ctr, "tasks", "attach", container.id)
-    time.sleep(0.3)
+    time.sleep(seconds(0.3))
     container.kill()
-    assert waiter.wait(PROMPT + 5) == KILLED
+    assert waiter.wait(seconds(PROMPT + 5)) == KILLED
     container.remove()
     leftovers.check()
 
@@ -331,7 +332,7 @@ def test_containerd_crashes_while_a_container_starts(
     time.sleep(delay)
 
     daemon.crash()
-    client.communicate(timeout=PROMPT + 8)
+    client.communicate(timeout=seconds(PROMPT + 8))
     daemon.revive()
 
     ctr("tasks", "rm", "--force", container_id, check=False)
@@ -350,7 +351,7 @@ def shim_delete(containerd: Containerd, bundle: Path, container_id: str) -> Dele
         cwd=bundle,
         env={**os.environ, "PYMICRO_CONFIG": str(containerd.settings)},
         capture_output=True,
-        timeout=20,
+        timeout=seconds(20),
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")

@@ -8,7 +8,7 @@ import pytest
 from tests.framework.ctr import Container, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
-from tests.framework.waiting import until
+from tests.framework.waiting import seconds, until
 
 SLEEP = ("sleep", "100000")
 
@@ -90,7 +90,7 @@ def test_term_ends_an_exec_with_143(container: Container) -> None:
 
     container.kill("SIGTERM", "--exec-id", "sleeper")
 
-    waiting.join(30)
+    waiting.join(seconds(30))
     assert ended == [143]
     assert container.status == "RUNNING"
 
@@ -103,7 +103,7 @@ def test_the_end_of_the_container_ends_its_execs(container: Container) -> None:
 
     container.kill("SIGKILL")
 
-    waiting.join(30)
+    waiting.join(seconds(30))
     assert ended == [137]
 
 
@@ -129,7 +129,7 @@ def test_execs_run_at_the_same_time(container: Container) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(seconds(60))
 
     assert codes == [9] * 5
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.framework.ctr import PYMICRO, Ctr
 from tests.framework.sandbox import SHIM, Sandbox, eventually
+from tests.framework.waiting import seconds
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -24,7 +25,7 @@ def pymicroctl(ctr: Ctr, *arguments: str) -> Completed:
         env={**os.environ, **ctr.containerd.client_environment},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=seconds(30),
         check=False,
     )
 

@@ -13,7 +13,7 @@ import pytest
 from tests.framework.ctr import RUNC, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
-from tests.framework.waiting import until
+from tests.framework.waiting import seconds, until
 
 TERM_HANDLER = 'trap "echo bye; exit 6" TERM; echo ready; while true; do sleep 0.1; done'
 
@@ -118,7 +118,7 @@ def test_pid_1_with_a_handler_ends_as_the_handler_says(pod: Pod) -> None:
 
     pod("tasks", "kill", "--signal", "SIGTERM", container_id)
 
-    out, err = client.communicate(timeout=30)
+    out, err = client.communicate(timeout=seconds(30))
     assert (client.returncode, out, err) == (6, b"bye\n", b"")
 
 

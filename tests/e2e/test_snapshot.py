@@ -14,6 +14,7 @@ import pytest
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.shimlog import ShimLog
+from tests.framework.waiting import seconds
 
 pytestmark = pytest.mark.usefixtures("only_our_runtime", "from_snapshots")
 
@@ -115,7 +116,7 @@ def test_a_clones_clock_is_right_however_old_its_template_is(ctr: Ctr, templates
     client = ctr.popen("sh", "-c", TELL_TIME, container_id=container_id)
     errors = list(clock_errors(client, questions=5))
 
-    client.communicate(timeout=30)
+    client.communicate(timeout=seconds(30))
     assert client.returncode == 0
     assert max(errors) < CLOCK_ERROR
     assert log.cold([container_id]) == []

@@ -13,7 +13,7 @@ import pytest
 from tests.framework.ctr import Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.shimlog import ShimLog
-from tests.framework.waiting import until
+from tests.framework.waiting import seconds, until
 
 pytestmark = pytest.mark.usefixtures("only_our_runtime")
 
@@ -52,7 +52,7 @@ def made(ctr: Ctr, store: Path, memory_mib: int) -> Path:
         env={**os.environ, **ctr.containerd.client_environment},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=seconds(60),
         check=True,
     )
     return store / done.stdout.strip()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.pod import Pod
-from tests.framework.waiting import until
+from tests.framework.waiting import seconds, until
 
 MIB = 1 << 20
 SEED = 20251123
@@ -103,7 +103,7 @@ def test_a_program_that_does_not_read_its_input_ends_all_the_same(pod: Pod) -> N
     client = Client(pod.popen("sh", "-c", "read line; echo got $line; exit 4"))
     client.send(iter([b"one\n", b"x" * MIB]))
 
-    assert client.process.wait(30) == 4
+    assert client.process.wait(seconds(30)) == 4
     client.end_input()
 
 
@@ -117,7 +117,7 @@ def test_input_that_comes_late_is_read(pod: Pod) -> None:
         assert client.stdout.readline() == b"%d\n" % number
         time.sleep(0.5)
     client.stdin.close()
-    assert client.wait(30) == 0
+    assert client.wait(seconds(30)) == 0
 
 
 def test_without_input_a_program_reads_its_end(pod: Pod) -> None:
@@ -136,8 +136,8 @@ def test_100_mb_in_and_out_again_are_the_same(pod: Pod) -> None:
     client.end_input()
     client.receive()
 
-    feeder.join(30)
-    assert client.process.wait(30) == 0
+    feeder.join(seconds(30))
+    assert client.process.wait(seconds(30)) == 0
     assert client.received_bytes == total
     assert client.received.digest() == client.sent.digest()
 
@@ -148,7 +148,7 @@ def test_100_mb_in_and_out_again_are_the_same(pod: Pod) -> None:
 def test_output_without_a_last_newline_and_of_any_bytes_is_kept(pod: Pod) -> None:
     client = pod.popen("sh", "-c", r"printf 'a\000b\r\n\377\376end'; printf '\001' >&2")
 
-    out, err = client.communicate(timeout=60)
+    out, err = client.communicate(timeout=seconds(60))
 
     assert (out, err) == (b"a\0b\r\n\xff\xfeend", b"\x01")
 
@@ -157,7 +157,7 @@ def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     script = "head -c 20000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait"
     client = pod.popen("sh", "-c", script)
 
-    out, err = client.communicate(timeout=60)
+    out, err = client.communicate(timeout=seconds(60))
 
     assert (len(out), len(err)) == (10_000_000, 20_000_000)
 
@@ -169,7 +169,7 @@ def test_a_slow_reader_slows_the_program_and_loses_nothing(pod: Pod) -> None:
 
     client.receive()
 
-    assert client.process.wait(30) == 0
+    assert client.process.wait(seconds(30)) == 0
     assert client.received_bytes == sum(len(f"{number}\n") for number in range(1, 1_000_001))
 
 
@@ -179,7 +179,7 @@ def test_output_of_a_child_that_outlives_the_first_process_does_not_hold_up_its_
     done = pod.run("sh", "-c", "sleep 100000 & echo parent; exit 2")
 
     assert (done.returncode, done.stdout) == (2, "parent\n")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < seconds(10)
 
 
 def test_output_goes_to_a_file_that_the_client_names(pod: Pod, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -225,7 +225,7 @@ def test_what_was_printed_before_the_end_waits_for_a_reader_that_is_late(pod: Po
 
     client.receive()
 
-    assert client.process.wait(30) == 7
+    assert client.process.wait(seconds(30)) == 7
     assert client.received_bytes == 400_000
 
 

@@ -13,7 +13,7 @@ from tests.framework.containerd import Containerd
 from tests.framework.ctr import PYMICRO, RUNC, Container, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
-from tests.framework.waiting import until
+from tests.framework.waiting import seconds, until
 
 SLEEP = ("sleep", "100000")
 MIB = 1 << 20
@@ -190,7 +190,7 @@ def test_all_waiters_hear_of_the_end(pod: Pod) -> None:
 
     until(lambda: pod("tasks", "kill", "--signal", "KILL", container_id, check=False).returncode == 0)
 
-    assert client.wait(30) == 137
+    assert client.wait(seconds(30)) == 137
     for terminal in attached:
         assert terminal.wait(30) in {137, 1}  # 1: ctr's own attempt to delete a task that another client deleted
 

@@ -13,6 +13,7 @@ import pytest
 from tests.framework.ctr import PYMICRO, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.sandbox import Sandbox, eventually
+from tests.framework.waiting import seconds
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_a_tmpfs_that_fills_up_while_a_template_is_made_is_named(
         with (directory / "filler").open("wb", buffering=0) as filler, suppress(OSError):  # ENOSPC, in the end
             while True:
                 filler.write(bytes(1 << 20))
-        output, _ = client.communicate(timeout=60)
+        output, _ = client.communicate(timeout=seconds(60))
     assert (client.returncode, output) == (0, b"well\n")
     assert names(directory) == ["filler"]
     leftovers.check()
@@ -108,7 +109,7 @@ def test_pymicroctl_makes_shows_and_removes_them(ctr: Ctr, templates: Path) -> N
             env={**os.environ, **ctr.containerd.client_environment},
             stdout=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=seconds(60),
             check=True,
         ).stdout
 

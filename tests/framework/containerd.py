@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.framework import busybox, processes
 from tests.framework.settings import write_settings
 from tests.framework.tools import tool
+from tests.framework.waiting import seconds
 
 VERSIONS = ("1.6", "1.7", "2.1")
 NEWEST = VERSIONS[-1]
@@ -24,8 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = Path("/run/pymicro")
 SHIM = "containerd-shim-pymicro-v1"
 
-START_TIMEOUT = 30.0
-STOP_TIMEOUT = 15.0
+START_TIMEOUT = seconds(30)
+STOP_TIMEOUT = seconds(15)
 
 # The shim's own socket and containerd's `.ttrpc` one must fit into a sockaddr_un (108 bytes).
 LONGEST_DIRECTORY = 70
@@ -179,7 +180,7 @@ class Containerd:
     def ctr(
         self, *arguments: str, check: bool = True, timeout: float = 60, stdin: int = subprocess.DEVNULL
     ) -> subprocess.CompletedProcess[str]:
-        """Run `ctr` against this daemon, with the file descriptor `stdin` as its input.
+        """Run `ctr` against this daemon, with the file descriptor `stdin` as its input, for `timeout` usual seconds.
 
         Raises ContainerdError for a failure (with `check`), and TimeoutExpired.
         """
@@ -190,7 +191,7 @@ class Containerd:
             capture_output=True,
             text=True,
             check=False,
-            timeout=timeout,
+            timeout=seconds(timeout),
         )
         if check and done.returncode:
             raise ContainerdError(f"ctr {shlex.join(arguments)} ended with {done.returncode}: {done.stderr.strip()}")
@@ -327,7 +328,7 @@ class Containerd:
                     cwd=bundle,
                     env=environment,
                     capture_output=True,
-                    timeout=10,
+                    timeout=seconds(10),
                     check=False,
                 )
 

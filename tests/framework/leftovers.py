@@ -15,6 +15,7 @@ from pymicro.shim import state
 
 from tests.framework.containerd import Containerd
 from tests.framework.processes import all_processes, mounts_under, processes_of
+from tests.framework.waiting import seconds
 
 GRACE = 5.0
 CGROUPS = Path("/sys/fs/cgroup")
@@ -42,7 +43,8 @@ class Leftovers:
         return found
 
     def check(self, grace: float = GRACE) -> None:
-        """Fail unless everything is gone within `grace` seconds."""
+        """Fail unless everything is gone within `grace` seconds, on a usual host."""
+        grace = seconds(grace)
         deadline = time.monotonic() + grace
         while found := self.remaining():
             if time.monotonic() > deadline:

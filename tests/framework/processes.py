@@ -13,8 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.framework.waiting import seconds
+
 MARK = "PYMICRO_INSTANCE"
-END_TIMEOUT = 10.0
+END_TIMEOUT = seconds(10)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pymicro.shim import state
 
 from tests.framework.containerd import Containerd
 from tests.framework.processes import Process, all_processes
+from tests.framework.waiting import seconds
 
 SHIM = "shim"
 ANCHOR = "anchor"
@@ -78,7 +79,11 @@ class Sandbox:
 
 
 def eventually(condition: Callable[[], bool], what: str, limit: float) -> float:
-    """Wait until `condition()` holds and return the seconds that took. Raises AssertionError after `limit` seconds."""
+    """Wait until `condition()` holds and return the seconds that took.
+
+    Raises AssertionError after `limit` seconds, of a usual host.
+    """
+    limit = seconds(limit)
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() - begun < limit, f"not within {limit:g} s: {what}"

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from tests.framework.waiting import seconds
+
 TIMEOUT = 60.0
 
 
@@ -43,6 +45,7 @@ class Terminal:
     def expect(self, text: str, timeout: float = TIMEOUT) -> str:
         """Read until `text` appears, and return and consume everything up to its end. Raises AssertionError."""
         wanted = text.encode()
+        timeout = seconds(timeout)
         deadline = time.monotonic() + timeout
         while wanted not in self.output:
             if not self._read(deadline):
@@ -52,7 +55,7 @@ class Terminal:
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Read everything until the program ends and return its exit code. Raises TimeoutExpired."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + seconds(timeout)
         while self._read(deadline):
             pass
         status = self.process.wait(max(deadline - time.monotonic(), 1))

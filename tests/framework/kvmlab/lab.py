@@ -16,12 +16,17 @@ from pathlib import Path
 from tests.framework.kvmlab import kernel
 from tests.framework.kvmlab.machine import Machine, Share, command_line
 from tests.framework.settings import REPOSITORY
+from tests.framework.waiting import SLOWER_VARIABLE
 
 HERE = Path(__file__).parent
 FILES = REPOSITORY / "build/lab"
 """What a command writes here is on the host afterwards."""
 
 CPUS = 2
+THE_LAB = "PYMICRO_KVM_LAB"
+"""The variable that is there in the lab alone."""
+SLOWER = "10"
+"""Than the host that emulates it: what tests must expect."""
 MEMORY_MIB = 6144
 TIMED_OUT = 124
 """timeout(1)'s exit code."""
@@ -87,6 +92,8 @@ def _control(directory: Path, fetched: Path, job: Job) -> Path:
         **inherited,
         "LAB_MODULES": str(fetched / "modules"),
         "LAB_CHECKOUT": str(REPOSITORY),
+        THE_LAB: "1",
+        SLOWER_VARIABLE: SLOWER,
         "LAB_SIZE": f"rows {rows} columns {columns}",
     }
     lines = [f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()]
