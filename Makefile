@@ -35,7 +35,7 @@ PACKAGES := \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check unit integration e2e slow kvm-lab bench kernel rootfs protos install uninstall up down clean
+.PHONY: help run test check unit integration e2e slow kvm-test kvm-lab bench kernel rootfs protos install uninstall up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,9 +73,14 @@ e2e: ready ## run the tests that start containers through a real containerd (STA
 slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" shortens the longest)
 	$(SUDO) $(VENV)/pytest -m slow --start=$(START) tests/integration tests/e2e $(PYTEST)
 
-# The command line goes by way of the environment: whatever is quoted in it stays quoted.
+# A command line goes by way of the environment: whatever is quoted in it stays quoted. The lab has no network.
+kvm-test: export LAB_COMMAND = $(VENV)/pytest -m "kvm and not slow" --containerd=2.1 --start=$(START) tests/e2e $(PYTEST)
+kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (PYTEST="-k word" chooses)
+	@$(HOST) -m tests.framework.tools vmm-trixie >/dev/null
+	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
+
 kvm-lab: export LAB_COMMAND = $(ARGS)
-kvm-lab: ready ## run a command (ARGS="...") or a shell on an emulated host with KVM, for LIMIT seconds at most
+kvm-lab: ready ## run a command (ARGS="...") or a shell on that host, for LIMIT seconds at most
 	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
 
 bench: ready ## measure starts, exec, memory and throughput against runc and the bare QEMU (ROUNDS=2 WAVES=1,5 IDLE=1,5)

@@ -91,6 +91,7 @@ def attached(ctr: Ctr, *arguments: str) -> "subprocess.Popen[bytes]":
 # -- at rest -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_process_ends_the_container_and_all_who_wait(
     ctr: Ctr, leftovers: Leftovers, tmp_path: Path, kind: str
@@ -114,6 +115,7 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(
     leftovers.check()
 
 
+@pytest.mark.kvm
 @pytest.mark.parametrize(("kind", "code"), [(SHIM, 1), ("qemu", KILLED), (ANCHOR, KILLED)])
 def test_ctr_run_returns_when_a_process_is_killed(ctr: Ctr, leftovers: Leftovers, kind: str, code: int) -> None:
     container_id = ctr.new_id()
@@ -167,6 +169,7 @@ def test_what_takes_all_memory_of_the_guest_is_killed_and_nothing_else(ctr: Ctr)
     assert container.exec("echo", "well").stdout == "well\n"
 
 
+@pytest.mark.kvm
 def test_all_processes_killed_at_once(ctr: Ctr, leftovers: Leftovers) -> None:
     container = ctr.start(*SLEEP)
     sandbox = Sandbox(ctr.containerd, container.id)
@@ -358,6 +361,7 @@ def shim_delete(containerd: Containerd, bundle: Path, container_id: str) -> Dele
     return DeleteResponse.FromString(done.stdout)
 
 
+@pytest.mark.kvm
 def test_delete_frees_all_that_a_running_sandbox_has_and_may_be_repeated(
     ctr: Ctr, leftovers: Leftovers, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ def container(pod: Pod) -> Iterator[Container]:
     yield pod.start(*SLEEP, options=["--env", "NAME=value", "--cwd", "/home"])
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_exec_returns_the_exit_code_and_keeps_the_outputs_apart(container: Container) -> None:
     done = container.exec("sh", "-c", "echo out; echo err >&2; exit 7")
@@ -26,11 +27,13 @@ def test_exec_returns_the_exit_code_and_keeps_the_outputs_apart(container: Conta
     assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_exec_reads_its_input_to_the_end(container: Container) -> None:
     assert container.exec("sh", "-c", "cat; echo ended", stdin="first\nsecond").stdout == "first\nsecondended\n"
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_program_missing_at_exec_is_named_and_the_container_lives_on(container: Container) -> None:
     done = container.exec("nosuch")
@@ -55,11 +58,13 @@ def test_exec_sees_what_the_container_has_written(container: Container) -> None:
     assert container.exec("cat", "/tmp/file").stdout == "text\n"
 
 
+@pytest.mark.kvm
 def test_exec_has_the_containers_environment_and_a_directory_of_its_own(container: Container) -> None:
     assert container.exec("sh", "-c", "echo $NAME; pwd").stdout == "value\n/home\n"
     assert container.exec("pwd", options=["--cwd", "/tmp"]).stdout == "/tmp\n"
 
 
+@pytest.mark.kvm
 def test_exec_runs_as_the_user_that_is_asked_for(container: Container) -> None:
     assert container.exec("id", options=["--user", "1000"]).stdout.startswith("uid=1000(app)")
 
@@ -80,6 +85,7 @@ def test_exec_is_in_the_containers_cgroup(pod: Pod) -> None:
     assert (done.returncode, done.stdout) == (0, "0::/\n")
 
 
+@pytest.mark.kvm
 def test_term_ends_an_exec_with_143(container: Container) -> None:
     ended: list[int] = []
     waiting = threading.Thread(
@@ -95,6 +101,7 @@ def test_term_ends_an_exec_with_143(container: Container) -> None:
     assert container.status == "RUNNING"
 
 
+@pytest.mark.kvm
 def test_the_end_of_the_container_ends_its_execs(container: Container) -> None:
     ended: list[int] = []
     waiting = threading.Thread(target=lambda: ended.append(container.exec("sleep", "4242").returncode))
@@ -119,6 +126,7 @@ def test_an_exec_id_can_be_used_once_at_a_time(container: Container) -> None:
     assert "already" in done.stderr
 
 
+@pytest.mark.kvm
 def test_execs_run_at_the_same_time(container: Container) -> None:
     """Each one waits for the others, by way of a file that they all write to."""
     script = "echo x >>/tmp/met; while [ $(wc -l </tmp/met) -lt 5 ]; do sleep 0.05; done; exit 9"
@@ -134,6 +142,7 @@ def test_execs_run_at_the_same_time(container: Container) -> None:
     assert codes == [9] * 5
 
 
+@pytest.mark.kvm
 def test_a_paused_container_takes_no_exec(container: Container) -> None:
     container.ctr("tasks", "pause", container.id)
 

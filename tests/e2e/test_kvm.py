@@ -87,6 +87,8 @@ def test_pymicroctl_check_finds_all_ok(ctr: Ctr) -> None:
 
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}, done.stdout
     assert re.search(r"^ok +acceleration +KVM$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +vsock +/dev/vhost-vsock \(kernel\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +cgroups +v2", done.stdout, re.MULTILINE)
     assert done.returncode == 0
 
 

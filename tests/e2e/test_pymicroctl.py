@@ -53,14 +53,20 @@ def test_check_finds_what_the_tests_run_with(ctr: Ctr) -> None:
     assert status == (1 if lacking else 0)
 
 
-def test_check_says_why_there_is_no_kvm(ctr: Ctr) -> None:
+def test_check_tells_a_host_without_kvm_from_one_that_has_it_and_says_what_is_used_instead(ctr: Ctr) -> None:
+    """The other host is the one of test_kvm.py, where all is ok."""
     if this_host_has_kvm():
         pytest.skip("this host may have KVM")
 
     status, found = findings(ctr)
 
     assert (status, found["acceleration"]["state"]) == (1, "degraded")
+    assert found["acceleration"]["detail"].startswith("VMs are emulated, and slow, because KVM is not usable: the CPU")
     assert "vmx" in found["acceleration"]["detail"]
+    kernels = os.path.exists("/dev/vhost-vsock")
+    assert found["vsock"]["detail"].endswith("(kernel)" if kernels else "vhost-device-vsock (user space)")
+    hybrid = any(line.split()[2] == "cgroup" for line in Path("/proc/mounts").read_text().splitlines())
+    assert found["cgroups"]["detail"].startswith("v1" if hybrid else "v2")
 
 
 def test_check_names_all_that_is_missing_and_the_remedy(ctr: Ctr, tmp_path: Path) -> None:
@@ -103,6 +109,7 @@ def test_check_without_containerd(ctr: Ctr, tmp_path: Path) -> None:
     assert "none.sock" in line or "apt install containerd" in line
 
 
+@pytest.mark.kvm
 def test_ps_lists_a_running_sandbox_and_forgets_it(ctr: Ctr) -> None:
     if ctr.runtime != PYMICRO:
         pytest.skip("runc has no sandboxes")

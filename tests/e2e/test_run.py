@@ -32,6 +32,7 @@ def mounted_snapshot(ctr: Ctr, key: str, snapshotter: str, directory: Path) -> I
 # -- the core, with every containerd and a VM of its own ---------------------------------------------------------------
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_container_runs_on_the_guests_kernel(ctr: Ctr, artefacts: dict[str, str]) -> None:
     done = ctr.run("uname", "-r")
@@ -41,6 +42,7 @@ def test_a_container_runs_on_the_guests_kernel(ctr: Ctr, artefacts: dict[str, st
     assert release != platform.release()
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_missing_program_is_named_and_leaves_nothing(ctr: Ctr, leftovers: Leftovers) -> None:
     done = ctr.run("nosuch", "argument")
@@ -53,6 +55,7 @@ def test_a_missing_program_is_named_and_leaves_nothing(ctr: Ctr, leftovers: Left
     assert ctr("containers", "ls", "-q").stdout == ""
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_killing_a_container_gives_137(ctr: Ctr) -> None:
     container = ctr.start("sleep", "100000")
@@ -66,12 +69,14 @@ def test_killing_a_container_gives_137(ctr: Ctr) -> None:
 # -- the rest in one VM ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 @pytest.mark.parametrize("code", [0, 3, 255])
 def test_the_exit_code_comes_through(pod: Pod, code: int) -> None:
     assert pod.run("sh", "-c", f"exit {code}").returncode == code
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_stdout_and_stderr_stay_apart(pod: Pod) -> None:
     done = pod.run("sh", "-c", "echo out; echo err >&2; echo more; printf end >&2")
@@ -79,6 +84,7 @@ def test_stdout_and_stderr_stay_apart(pod: Pod) -> None:
     assert (done.stdout, done.stderr) == ("out\nmore\n", "err\nend")
 
 
+@pytest.mark.kvm
 def test_what_the_shell_cannot_find_gives_127(pod: Pod) -> None:
     assert pod.same_as_runc("sh", "-c", "nosuch").returncode == 127
 
@@ -110,6 +116,7 @@ def test_pid_1_without_a_handler_ignores_term(pod: Pod) -> None:
     assert container.status == "RUNNING"
 
 
+@pytest.mark.kvm
 def test_pid_1_with_a_handler_ends_as_the_handler_says(pod: Pod) -> None:
     container_id = pod.new_id()
     client = pod.popen("sh", "-c", TERM_HANDLER, container_id=container_id)
@@ -143,6 +150,7 @@ def test_every_signal_reaches_the_container_by_name_and_number(pod: Pod) -> None
         assert client.stdout.readline() == name + b"\n"
 
 
+@pytest.mark.kvm
 def test_an_id_can_be_used_again_at_once(pod: Pod) -> None:
     container_id = pod.new_id()
 

@@ -55,6 +55,7 @@ sed -n 's/-.*\[stack\]$//p' /proc/self/maps
 """The first reads, the boot's name, where a new process has its stack, and many reads more."""
 
 
+@pytest.mark.kvm
 def test_clones_draw_different_random_numbers_from_the_first_read_on(ctr: Ctr) -> None:
     log, ids = ShimLog(ctr.containerd), [ctr.new_id() for _ in range(3)]
     assert ctr.run("true").returncode == 0  # there is a template now
@@ -106,6 +107,7 @@ def read_line(client: "subprocess.Popen[bytes]") -> str:
     return "" if LAST_LINE in line else line
 
 
+@pytest.mark.kvm
 @pytest.mark.parametrize("age", [0, 5])
 def test_a_clones_clock_is_right_however_old_its_template_is(ctr: Ctr, templates: Path, age: float) -> None:
     if age:

@@ -88,6 +88,7 @@ def same_outcome(run: Callable[[int], Completed], times: int, at_once: int) -> C
 # -- input -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 @pytest.mark.parametrize("start", ["boot", "snapshot"])
 def test_input_is_piped_and_ends_when_the_client_says_so(ctr: Ctr, start: str) -> None:
@@ -99,6 +100,7 @@ def test_input_is_piped_and_ends_when_the_client_says_so(ctr: Ctr, start: str) -
     assert (done.returncode, done.stdout, done.stderr) == (0, "hi\nended\n", "")
 
 
+@pytest.mark.kvm
 def test_a_program_that_does_not_read_its_input_ends_all_the_same(pod: Pod) -> None:
     client = Client(pod.popen("sh", "-c", "read line; echo got $line; exit 4"))
     client.send(iter([b"one\n", b"x" * MIB]))
@@ -107,6 +109,7 @@ def test_a_program_that_does_not_read_its_input_ends_all_the_same(pod: Pod) -> N
     client.end_input()
 
 
+@pytest.mark.kvm
 def test_input_that_comes_late_is_read(pod: Pod) -> None:
     client = pod.popen("cat")
     assert client.stdin
@@ -120,6 +123,7 @@ def test_input_that_comes_late_is_read(pod: Pod) -> None:
     assert client.wait(seconds(30)) == 0
 
 
+@pytest.mark.kvm
 def test_without_input_a_program_reads_its_end(pod: Pod) -> None:
     container = pod.start("sh", "-c", "cat; exit 5")
 
@@ -145,6 +149,7 @@ def test_100_mb_in_and_out_again_are_the_same(pod: Pod) -> None:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 def test_output_without_a_last_newline_and_of_any_bytes_is_kept(pod: Pod) -> None:
     client = pod.popen("sh", "-c", r"printf 'a\000b\r\n\377\376end'; printf '\001' >&2")
 
@@ -153,6 +158,7 @@ def test_output_without_a_last_newline_and_of_any_bytes_is_kept(pod: Pod) -> Non
     assert (out, err) == (b"a\0b\r\n\xff\xfeend", b"\x01")
 
 
+@pytest.mark.kvm
 def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     script = "head -c 20000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait"
     client = pod.popen("sh", "-c", script)
@@ -162,6 +168,7 @@ def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     assert (len(out), len(err)) == (10_000_000, 20_000_000)
 
 
+@pytest.mark.kvm
 def test_a_slow_reader_slows_the_program_and_loses_nothing(pod: Pod) -> None:
     client = Client(pod.popen("sh", "-c", "seq 1 1000000; echo done >&2"))
     time.sleep(3)
@@ -182,6 +189,7 @@ def test_output_of_a_child_that_outlives_the_first_process_does_not_hold_up_its_
     assert time.monotonic() - began < seconds(10)
 
 
+@pytest.mark.kvm
 def test_output_goes_to_a_file_that_the_client_names(pod: Pod, tmp_path_factory: pytest.TempPathFactory) -> None:
     log = tmp_path_factory.mktemp("log") / "file"
     container_id = pod.new_id()
@@ -216,6 +224,7 @@ def test_10_runs_in_their_own_vms_lose_nothing(ctr: Ctr) -> None:
     assert same_outcome(lambda _: ctr.run(*PRINT_64_KIB), times=10, at_once=2) == {"everything": 10}
 
 
+@pytest.mark.kvm
 def test_what_was_printed_before_the_end_waits_for_a_reader_that_is_late(pod: Pod) -> None:
     """The exit must not be reported first: `ctr` reads nothing more once it knows of it, whatever the runtime."""
     client = Client(pod.popen("sh", "-c", "head -c 400000 /dev/zero; echo done >&2; exit 7"))

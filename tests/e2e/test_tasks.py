@@ -36,6 +36,7 @@ def container_of_either(pod: Pod, request: pytest.FixtureRequest) -> Container:
 # -- with every containerd ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_detached_container_is_listed_paused_resumed_killed_and_removed(ctr: Ctr, leftovers: Leftovers) -> None:
     container = ctr.start(*SLEEP)
@@ -56,6 +57,7 @@ def test_a_detached_container_is_listed_paused_resumed_killed_and_removed(ctr: C
     leftovers.check()
 
 
+@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_statistics_and_processes_are_shown(pod: Pod) -> None:
     container = pod.start("sh", "-c", "sleep 4242 & exec sleep 100000")
@@ -103,6 +105,7 @@ def test_tables_look_as_with_runc(pod: Pod) -> None:
     assert {row[2] for row in rows} == {"RUNNING"}
 
 
+@pytest.mark.kvm
 def test_metrics_have_the_fields_that_runc_has(pod: Pod) -> None:
     ours, theirs = pod.start(*SLEEP), pod.start(*SLEEP, runtime=RUNC)
 
@@ -113,6 +116,7 @@ def test_metrics_have_the_fields_that_runc_has(pod: Pod) -> None:
     assert names(ours) == names(theirs)
 
 
+@pytest.mark.kvm
 def test_a_pause_freezes_and_a_resume_thaws(container_of_either: Container) -> None:
     container, ctr = container_of_either, container_of_either.ctr
     counting = "while true; do echo >>/lines; sleep 0.02; done"
@@ -182,6 +186,7 @@ def test_a_created_container_starts_later(pod: Pod) -> None:
     assert pod("tasks", "start", container_id, check=False).returncode == 6
 
 
+@pytest.mark.kvm
 def test_all_waiters_hear_of_the_end(pod: Pod) -> None:
     container_id = pod.new_id()
     client = pod.popen(*SLEEP, container_id=container_id)
@@ -195,6 +200,7 @@ def test_all_waiters_hear_of_the_end(pod: Pod) -> None:
         assert terminal.wait(30) in {137, 1}  # 1: ctr's own attempt to delete a task that another client deleted
 
 
+@pytest.mark.kvm
 def test_killing_the_tasks_host_pid_kills_the_container(pod: Pod) -> None:
     container = pod.start(*SLEEP)
 
@@ -203,6 +209,7 @@ def test_killing_the_tasks_host_pid_kills_the_container(pod: Pod) -> None:
     assert container.wait() == 137
 
 
+@pytest.mark.kvm
 def test_the_tasks_host_pid_shows_the_containers_root(pod: Pod) -> None:
     container = pod.start(*SLEEP)
     container.exec("sh", "-c", "echo inside >/mark")

@@ -6,13 +6,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.framework.containerd import claimed_directory
 from tests.framework.kvmlab import kernel
 from tests.framework.kvmlab.machine import Machine, Share, command_line
 from tests.framework.settings import REPOSITORY
@@ -57,8 +57,7 @@ def run(job: Job) -> int:
     """
     fetched = kernel.kernel()
     FILES.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="pymicro-lab-") as name:
-        directory = Path(name)
+    with _empty_directory() as directory:
         control = _control(directory / "control", fetched, job)
         kernel.write_initramfs(directory / "initramfs", fetched, HERE / "first.sh")
         shares = (Share("host", Path("/"), read_only=True), Share("lab", control), Share("files", FILES))
@@ -72,11 +71,23 @@ def run(job: Job) -> int:
         try:
             return int((control / "status").read_text())
         except (OSError, ValueError):
-            said = "\n".join(_last_said(console.read_text(errors="replace").splitlines()))
+            said = "\n".join(last_said(console.read_text(errors="replace").splitlines()))
             raise LabError(f"the lab ended before the command; its console said last:\n{said}") from None
 
 
-def _last_said(lines: list[str]) -> list[str]:
+@contextmanager
+def _empty_directory() -> Iterator[Path]:
+    """Yield a directory for one run. What a killed run has left in it is removed by the next one."""
+    with claimed_directory(REPOSITORY / "build/kvm-lab") as directory:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory)
+
+
+def last_said(lines: list[str]) -> list[str]:
     """Return the end of the console; of a kernel's panic what came before it, not the registers."""
     panic = next((number for number, line in enumerate(lines) if "Kernel panic" in line), len(lines))
     return lines[max(0, panic - 10) : panic + 1]
