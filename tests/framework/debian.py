@@ -68,6 +68,15 @@ class Suite:
             listing = self._apt("apt-cache", "depends", "--important", package)
         return [line.split(":", 1)[1].strip() for line in listing.splitlines() if "Depends:" in line]
 
+    def needed(self, package: str) -> list[str]:
+        """Return the package and all that it needs, recommendations left out: what an empty system would install.
+
+        Raises ToolError.
+        """
+        with self._lists():
+            listing = self._apt("apt-get", "install", "--simulate", "--no-install-recommends", package)
+        return [line.split()[1] for line in listing.splitlines() if line.startswith("Inst ")]
+
     @contextmanager
     def _lists(self) -> Iterator[None]:
         """Have the suite's package lists for this process alone, fetched once by it. Raises ToolError."""

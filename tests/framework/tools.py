@@ -1,4 +1,4 @@
-"""Programs that the host's Debian lacks in the wanted version: three containerds, vhost-device-vsock, virtiofsd.
+"""Programs that the host's Debian lacks in the wanted version: containerds, vhost-device-vsock, virtiofsd, QEMU.
 
 Each tool is a directory `$CACHE/tools-<name>-<key>` with everything in `bin/`. Run as a program, this module prints the
 directory of each tool named on the command line, fetching it first if need be:
@@ -18,8 +18,6 @@ from tests.framework.cache import built_once, cache_directory
 from tests.framework.debian import Suite, ToolError
 
 LAYOUT = 2  # raise it when what a tool's directory looks like changes
-
-LOADER_LIBRARIES = ("libc6", "libgcc-s1", "libcap-ng0", "libseccomp2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,17 @@ TOOLS: dict[str, tuple[Part, ...]] = {
     "containerd-2.1": _containerd("forky"),
     "vhost-device-vsock": (Part("vhost-device-vsock", ("forky",), (("usr/bin/vhost-device-vsock", "--version"),)),),
     "virtiofsd": (Part("virtiofsd", ("forky",), (("usr/libexec/virtiofsd", "--version"),)),),
+    "vmm-trixie": (
+        Part("qemu-system-x86", ("trixie",), (("usr/bin/qemu-system-x86_64", "--version"),)),
+        Part("virtiofsd", ("trixie",), (("usr/libexec/virtiofsd", "--version"),)),
+    ),
 }
-WITH_LOADER = {"vhost-device-vsock", "virtiofsd"}
+WITH_LOADER = {"vhost-device-vsock", "virtiofsd", "qemu-system-x86"}
+"""The packages whose programs run by their own suite's loader where this host's libraries do not do."""
+DATA = {"qemu-system-x86": "usr/share/qemu"}
+"""The packages whose programs need files of others, and the directory that they are told by -L: they are always run
+among what they depend on.
+"""
 
 
 def tool(name: str) -> Path:
@@ -75,7 +82,7 @@ def _fetch(part: Part, directory: Path) -> None:
         unpacked.mkdir(parents=True)
         Suite(suite).unpack([part.package], unpacked)
         broken = [problem for path, argument in part.programs if (problem := _problem([unpacked / path, argument]))]
-        if not broken:
+        if not broken and part.package not in DATA:
             for path, _ in part.programs:
                 _link(directory, unpacked / path)
             return
@@ -95,7 +102,7 @@ def _link(directory: Path, program: Path) -> None:
 
 def _wrap(part: Part, suite: str, unpacked: Path, directory: Path) -> None:
     """Run the programs through their own suite's loader and libraries. Raises ToolError where that fails too."""
-    Suite(suite).unpack(list(LOADER_LIBRARIES), unpacked)
+    Suite(suite).unpack(Suite(suite).needed(part.package), unpacked)
     libraries = unpacked / "usr/lib/x86_64-linux-gnu"
     loader = libraries / "ld-linux-x86-64.so.2"
     for path, argument in part.programs:
@@ -104,11 +111,13 @@ def _wrap(part: Part, suite: str, unpacked: Path, directory: Path) -> None:
                 f"{part.package} of Debian {suite} does not run on this host, even by its own loader:\n{problem}"
             )
         script = directory / "bin" / Path(path).name
+        data = DATA.get(part.package)
+        option = f'-L "$here/{(unpacked / data).relative_to(directory)}" ' if data else ""
         libs, program = libraries.relative_to(directory), (unpacked / path).relative_to(directory)
         script.write_text(
             '#!/bin/sh\nhere=$(dirname "$(readlink -f "$0")")/..\n'
             f'exec "$here/{libs}/{loader.name}" --library-path "$here/{libs}" --argv0 {script.name} '
-            f'"$here/{program}" "$@"\n'
+            f'"$here/{program}" {option}"$@"\n'
         )
         script.chmod(0o755)
 
