@@ -4,6 +4,7 @@ The machine is `microvm` with PCIe, because hot plug needs it; it boots as fast 
 virtio-mmio, the pod's devices on PCIe root ports, one each.
 """
 
+from pymicro.shim.hypervisor import kernel
 from pymicro.shim.hypervisor.base import VmSpec
 
 ROOT_PORTS = 6
@@ -15,22 +16,18 @@ TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
 # Rewriting the kernel's lock prefixes for a single CPU takes 0.14 s under TCG and gains nothing there.
 TCG_UNIPROCESSOR = "noreplace-smp"
 
-# reboot=t panic=-1 with -no-reboot: a dead PID 1 or kernel ends QEMU at once.
-# pci=hpiosize=0: no port has room for I/O addresses, and each scan would say so, until the kernel's log is full of it.
-COMMON_ARGUMENTS = (
-    "root=/dev/vda rootfstype=erofs ro console=ttyS0 reboot=t panic=-1 quiet pci=hpiosize=0"
-    " init=/usr/bin/python3 {accel}-- -I -S /usr/lib/pymicro/init.pyc"
-)
+# No port has room for I/O addresses, and each scan would say so, until the kernel's log is full of it.
+_PORTS = "pci=hpiosize=0"
 
 
 def kernel_arguments(spec: VmSpec, tsc_khz: int) -> str:
     """Return the kernel command line; `tsc_khz` is the rate of the host's time-stamp counter, used under TCG only."""
-    accel = ""
+    words = [_PORTS]
     if spec.accel == "tcg":
-        accel = TCG_ARGUMENTS.format(tsc_khz=tsc_khz) + " "
+        words.append(TCG_ARGUMENTS.format(tsc_khz=tsc_khz))
         if spec.vcpus == 1:
-            accel += TCG_UNIPROCESSOR + " "
-    return COMMON_ARGUMENTS.format(accel=accel)
+            words.append(TCG_UNIPROCESSOR)
+    return kernel.arguments(*words)
 
 
 def _value(text: str) -> str:
