@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pymicro.shim.channel.base import Channel
 
 
+GUEST_CID = 0x10000
+"""The guest's CID, and the port that it dials: each VM has a socket of its own, so all may have the same."""
+
+
 class HybridListener:
     """Listens where the guest's connections to one port arrive."""
 

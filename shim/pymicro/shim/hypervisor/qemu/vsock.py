@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
-from pymicro.shim.channel.hybrid import HybridListener
+from pymicro.shim.channel.hybrid import GUEST_CID, HybridListener
 from pymicro.shim.channel.vsock import VsockListener
 from pymicro.shim.spawn import Child, Place, spawn
-
-HYBRID_CID = 0x10000
-"""The guest's CID behind vhost-device-vsock: each VM has its own socket there, so all may have the same CID."""
 
 
 class VsockBackend(Struct, frozen=True):
@@ -42,9 +39,9 @@ def open_vsock(program: str | None, place: Place) -> VsockBackend:
     chardev, uds = place.directory / "vsock-dev", place.directory / "vsock"
     for leftover in (chardev, uds):
         leftover.unlink(missing_ok=True)
-    hybrid = HybridListener(uds, HYBRID_CID)
+    hybrid = HybridListener(uds, GUEST_CID)
     try:
-        argv = [program, "--vm", f"guest-cid={HYBRID_CID},socket={chardev},uds-path={uds}"]
+        argv = [program, "--vm", f"guest-cid={GUEST_CID},socket={chardev},uds-path={uds}"]
         child = spawn("vhost-device-vsock", argv, place)
     except BaseException:
         hybrid.close()
