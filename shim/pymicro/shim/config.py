@@ -34,7 +34,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400, description="a number of seconds
 AbsolutePath = Annotated[str, Meta(pattern="^/", description="an absolute path")]
 OptionalPath = Annotated[str, Meta(pattern="^(/.*)?$", description='an absolute path, or "" to look for it')]
 Program = Annotated[str, Meta(min_length=1, description="an absolute path, or a name to look up on PATH")]
-HypervisorName = Annotated[Literal["qemu"], Meta(description='"qemu"')]
+HypervisorName = Annotated[Literal["qemu", "cloud-hypervisor"], Meta(description='"qemu" or "cloud-hypervisor"')]
 Accel = Annotated[Literal["auto", "kvm", "tcg"], Meta(description='"auto", "kvm" or "tcg"')]
 StartMode = Annotated[Literal["snapshot", "boot"], Meta(description='"snapshot" or "boot"')]
 Level = Annotated[
@@ -60,6 +60,7 @@ class Paths(Struct, frozen=True):
     kernel: AbsolutePath = "/opt/pymicro/share/vmlinux"
     image: AbsolutePath = "/opt/pymicro/share/image.erofs"
     qemu: Program = "qemu-system-x86_64"
+    cloud_hypervisor: Program = "cloud-hypervisor"
     virtiofsd: OptionalPath = ""
     vhost_device_vsock: OptionalPath = ""
 
@@ -114,6 +115,7 @@ class VmSize(Struct, frozen=True):
 
 ANNOTATIONS = {
     "io.pymicro.accel": "accel",
+    "io.pymicro.hypervisor": "hypervisor",
     "io.pymicro.memory_mib": "memory_mib",
     "io.pymicro.start": "start",
     "io.pymicro.vcpus": "vcpus",

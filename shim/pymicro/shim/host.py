@@ -117,10 +117,27 @@ def on_path(name: str, directories: Sequence[str] | None = None) -> str | None:
 def find_qemu(settings: Settings) -> str:
     """Return QEMU's absolute path. Raises HostMissing."""
     qemu = settings.paths.qemu
-    found = qemu if qemu.startswith("/") and _executable(qemu) else on_path(qemu) if "/" not in qemu else None
-    if found is None:
-        raise HostMissing(f"QEMU is missing: no program {qemu} (paths.qemu); install it: apt install qemu-system-x86")
-    return found
+    if found := _program(qemu):
+        return found
+    raise HostMissing(f"QEMU is missing: no program {qemu} (paths.qemu); install it: apt install qemu-system-x86")
+
+
+def find_cloud_hypervisor(settings: Settings) -> str:
+    """Return Cloud Hypervisor's absolute path. Raises HostMissing."""
+    program = settings.paths.cloud_hypervisor
+    if found := _program(program):
+        return found
+    raise HostMissing(
+        f"Cloud Hypervisor is missing: no program {program} (paths.cloud_hypervisor); install the static binary of a"
+        ' release of github.com/cloud-hypervisor/cloud-hypervisor, or set vm.hypervisor = "qemu"'
+    )
+
+
+def _program(name: str) -> str | None:
+    """Return the absolute path of a program that the settings name by its path, or by a name to look up on PATH."""
+    if "/" not in name:
+        return on_path(name)
+    return name if name.startswith("/") and _executable(name) else None
 
 
 def find_virtiofsd(settings: Settings) -> Virtiofsd:

@@ -67,12 +67,12 @@ def vm_of_size(settings: Settings, size: VmSize) -> VmSpec:
     """Return a VM of that size, as this host makes them. Raises HostMissing, InvalidSettings."""
     kernel, image = host.guest_files(settings)
     return VmSpec(
-        binary=host.find_qemu(settings),
+        binary=registry.binary(settings),
         kernel=kernel,
         image=image,
         vcpus=size.vcpus,
         memory_mib=size.memory_mib,
-        accel=host.choose_accel(settings.vm.accel),
+        accel=registry.accel(settings),
     )
 
 

@@ -28,6 +28,9 @@ MS_RELATIME: Final = 0x200000
 MS_STRICTATIME: Final = 0x1000000
 MNT_DETACH: Final = 0x2
 
+_SYS_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_VERSION: Final = 1
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_THP_DISABLE: Final = 41
@@ -94,3 +97,8 @@ def memory_program(name: str, content: bytes) -> int:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.write(fd, content)
     return fd
+
+
+def landlock_abi() -> int:
+    """Return the version of Landlock's interface that the kernel offers; 0 where it has none, or it is off."""
+    return max(0, int(_libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)))

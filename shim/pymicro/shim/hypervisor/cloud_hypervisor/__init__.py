@@ -1,0 +1,1 @@
+"""The Cloud Hypervisor backend; see backend."""

@@ -1,0 +1,130 @@
+"""A Cloud Hypervisor VM whose guest runs, driven over its REST API."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from pymicro.shim.channel.base import Channel
+from pymicro.shim.errors import SandboxDied, StepTimeout
+from pymicro.shim.helper import Helper, LogTail, watched
+from pymicro.shim.hypervisor.base import Device, Template, VmExit
+from pymicro.shim.hypervisor.cloud_hypervisor import requests, snapshot
+from pymicro.shim.hypervisor.cloud_hypervisor.api import Refused
+from pymicro.shim.hypervisor.cloud_hypervisor.backend import SpawnedCloudHypervisor
+
+logger = logging.getLogger(__name__)
+
+_REBOOTING = '"rebooting"'
+"""What the VMM reports first of a guest that resets its machine."""
+
+
+@asynccontextmanager
+async def running(spawned: SpawnedCloudHypervisor, timeout: float) -> AsyncIterator["CloudHypervisorVm"]:
+    """Yield the VM that `spawned` is; `timeout` (seconds) bounds each step. Raises HostMissing."""
+    async with AsyncExitStack() as stack:
+        stack.callback(spawned.end)
+        process = await stack.enter_async_context(watched(spawned.child))
+        events = LogTail(f"{process.name}'s events", spawned.take_events())
+        stack.callback(events.close)
+        vm = CloudHypervisorVm(process, spawned, timeout)
+        watching = asyncio.create_task(vm.end_with_guest(events), name="reboot")
+        stack.callback(watching.cancel)
+        yield vm
+
+
+class CloudHypervisorVm:
+    """One Cloud Hypervisor process."""
+
+    def __init__(self, process: Helper, spawned: SpawnedCloudHypervisor, timeout: float) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._api = spawned.api
+        self._vsock = spawned.vsock
+        self._memory = spawned.memory
+        self._timeout = timeout
+        self._turn = asyncio.Lock()
+        self._guest_ended = False
+
+    def __repr__(self) -> str:
+        return f"<CloudHypervisorVm {self._process!r}>"
+
+    async def end_with_guest(self, events: LogTail) -> None:
+        """End the VMM when the guest resets: it would boot it anew, and a dead pod would look alive."""
+        if await events.says(_REBOOTING):
+            self._guest_ended = True
+            await self._process.kill()
+
+    async def attach(self, device: Device) -> None:
+        """Plug `device` in. Raises SandboxDied, StepTimeout."""
+        await self._call(requests.add_share(device))
+
+    async def accept(self) -> Channel:
+        """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
+        assert self._vsock is not None, "spawned without a vsock"
+        accepting = asyncio.ensure_future(self._vsock.listener.accept())
+        dying = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait((accepting, dying), return_when=asyncio.FIRST_COMPLETED)
+            if accepting.done():
+                return accepting.result()
+            raise SandboxDied(str(dying.result()))
+        finally:
+            accepting.cancel()
+            dying.cancel()
+
+    async def console_says(self, text: str) -> None:
+        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
+        if not await self._process.logs[0].says(text):
+            raise SandboxDied(str(await self.wait()))
+
+    async def save(self, state: Path) -> None:
+        """Stop the VM and write its state to `state`, its RAM to the file that it was spawned with. Raises SandboxDied,
+        StepTimeout.
+        """
+        assert self._memory is not None, "spawned to be saved"
+        directory = state.parent / "snapshot"
+        directory.mkdir()
+        await self._call(requests.PAUSE)
+        await self._call(requests.snapshot(directory))
+        snapshot.pack(directory, Template(self._memory, state))
+
+    async def wait(self) -> VmExit:
+        """Return when the VMM is gone."""
+        status = await self._process.wait()
+        return VmExit(self._process.name, 0 if self._guest_ended else status, self._last_words)
+
+    @property
+    def _last_words(self) -> Sequence[str]:
+        """What the VMM itself said, without the guest's console."""
+        return self._process.logs[1].lines[-10:]
+
+    def console(self) -> Sequence[str]:
+        """Return the last lines of the guest's console."""
+        return self._process.logs[0].lines
+
+    async def _call(self, request: requests.Request) -> None:
+        """Carry out `request`, in a thread: what the answer takes must not stop the pod's other business."""
+        name, limit = request[0], self._timeout
+        try:
+            async with self._turn:
+                await asyncio.to_thread(self._api.call, request)
+        except Refused as error:
+            raise SandboxDied(f"Cloud Hypervisor refused {name}: {error}") from error
+        except TimeoutError:
+            raise StepTimeout(
+                f"Cloud Hypervisor did not answer {name} in {limit:g} s (timeouts.vmm);"
+                f" its last lines: {self._last_words}"
+            ) from None
+        except (EOFError, OSError, ValueError) as error:
+            raise SandboxDied(f"{await self._ended()} (at {name})") from error
+
+    async def _ended(self) -> VmExit:
+        """Return how the VMM has ended; its connection breaks a moment before it can be reaped."""
+        try:
+            async with asyncio.timeout(0.5):
+                return await self.wait()
+        except TimeoutError:
+            await self._process.kill()
+            return await self.wait()
