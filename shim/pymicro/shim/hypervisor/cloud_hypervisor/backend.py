@@ -95,7 +95,7 @@ class CloudHypervisor(Struct, frozen=True):
         return repr(requests.create(spec, None))
 
     def spawn(self, spec: VmSpec, origin: Origin, place: Place, *, vsock: bool) -> SpawnedCloudHypervisor:
-        """Start Cloud Hypervisor, and have it make the VM; nothing is waited for. Raises OSError."""
+        """Start Cloud Hypervisor, and have it make the VM; nothing is waited for. Raises OSError, SandboxDied."""
         with ExitStack() as undo:
             sockets, files = place.directory / "vmm", place.directory / "restore"
             device = _open_vsock(sockets) if vsock else None

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pymicro.shim.errors import SandboxDied
 from pymicro.shim.hypervisor.base import Template
 from pymicro.shim.hypervisor.cloud_hypervisor.requests import confinement
 
@@ -25,11 +26,15 @@ def pack(directory: Path, template: Template) -> None:
 
 
 def lay_out(template: Template, directory: Path, writable: Sequence[Path] | None) -> None:
-    """Make in `directory` what a VM is restored from, confined to its own files. Raises OSError, ValueError."""
-    config, _, state = template.state.read_bytes().partition(b"\n")
+    """Make in `directory` what a VM is restored from, confined to its own files. Raises OSError, SandboxDied."""
+    line, _, state = template.state.read_bytes().partition(b"\n")
+    try:
+        config = json.loads(line)
+    except ValueError as error:
+        raise SandboxDied(f"{template.state} does not begin with a VM's description: {error}") from error
     remove(directory)
     directory.mkdir()
-    (directory / CONFIG).write_text(json.dumps(json.loads(config) | confinement(writable)))
+    (directory / CONFIG).write_text(json.dumps(config | confinement(writable)))
     (directory / STATE).write_bytes(state)
     (directory / MEMORY).symlink_to(template.memory)
 
