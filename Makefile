@@ -62,10 +62,10 @@ check: .venv/.installed ## lint, formatting, types, import rules, generated code
 	$(VENV)/python protos/generate.py --check
 
 unit: .venv/.installed $(STAMPS)/go ## run the tests that need neither root nor other programs
-	$(VENV)/pytest tests/unit tests/conformance $(PYTEST)
+	$(VENV)/pytest -m "not vm" tests/unit tests/conformance $(PYTEST)
 
 integration: ready $(STAMPS)/go ## run the tests of the pieces against real QEMU, virtiofsd and containerd
-	$(SUDO) $(VENV)/pytest -m "not slow" tests/integration $(PYTEST)
+	$(SUDO) $(VENV)/pytest -m "not slow" tests/integration tests/conformance/test_hypervisor.py $(PYTEST)
 
 e2e: ready ## run the tests that start containers through a real containerd (START=boot: without snapshots)
 	$(SUDO) $(VENV)/pytest -m "not slow" --start=$(START) tests/e2e $(PYTEST)
