@@ -8,7 +8,7 @@ from pymicro.shim.spawn import Child
 _POLL = 0.002
 
 
-def dead(child: Child, patience: float = 0) -> VmExit | None:
+def ended(child: Child, patience: float = 0) -> VmExit | None:
     """Return how `child` has ended, None if it has not after `patience` seconds. Raises HostMissing if it could not
     even be started.
     """

@@ -6,7 +6,7 @@ from typing import Any
 from pymicro.shim.errors import HostMissing, SandboxDied, StepTimeout
 from pymicro.shim.hypervisor.cloud_hypervisor import requests
 from pymicro.shim.hypervisor.cloud_hypervisor.api import Api, Refused
-from pymicro.shim.hypervisor.ending import dead
+from pymicro.shim.hypervisor.ending import ended
 from pymicro.shim.spawn import Child
 
 OLDEST = (52,)
@@ -64,8 +64,8 @@ class Waking:
             ) from error
         except (EOFError, OSError, ValueError) as error:
             self._child.check()
-            end = dead(self._child, self._timeout)
-            raise SandboxDied(f"{end or 'Cloud Hypervisor hangs'} (at {name})") from error
+            dead = ended(self._child, self._timeout)
+            raise SandboxDied(f"{dead or 'Cloud Hypervisor hangs'} (at {name})") from error
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pymicro.shim.errors import SandboxDied, StepTimeout
-from pymicro.shim.hypervisor.base import Origin, Template, VmExit
+from pymicro.shim.hypervisor.base import Origin, Template
+from pymicro.shim.hypervisor.ending import ended
 from pymicro.shim.hypervisor.qemu import commands
 from pymicro.shim.hypervisor.qemu.memory import Filling
 from pymicro.shim.hypervisor.qemu.monitor import Monitor, Refused
@@ -69,7 +70,7 @@ class Waking:
     def _until(self, holds: Callable[[], bool], failure: str, helper: Child | None = None) -> None:
         deadline = time.monotonic() + self._timeout
         while not holds():
-            if helper and (dead := _dead(helper)):
+            if helper and (dead := ended(helper)):
                 raise SandboxDied(str(dead))
             if time.monotonic() > deadline:
                 words = (helper or self._qemu).last_words()
@@ -87,7 +88,7 @@ class Waking:
             yield
         except Refused as error:
             why = f"QEMU refused {what}: {error}"
-            dead = _dead(self._vsock.child, _SAME_MOMENT) if self._vsock and self._vsock.child else None
+            dead = ended(self._vsock.child, _SAME_MOMENT) if self._vsock and self._vsock.child else None
             raise SandboxDied(f"{dead} ({why})" if dead else why) from error
         except TimeoutError as error:
             raise StepTimeout(
@@ -96,18 +97,5 @@ class Waking:
             ) from error
         except (EOFError, OSError, ValueError) as error:
             self._qemu.check()
-            dead = _dead(self._qemu, self._timeout)
+            dead = ended(self._qemu, self._timeout)
             raise SandboxDied(f"{dead or 'QEMU hangs'} (at {what})") from error
-
-
-def _dead(child: Child, patience: float = 0) -> VmExit | None:
-    """Return how `child` has ended, None if it has not after `patience` seconds. Raises HostMissing if it could not
-    even be started.
-    """
-    deadline = time.monotonic() + patience
-    while not child.ended:
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(_POLL)
-    child.check()
-    return VmExit(child.name, child.wait(), child.last_words())
