@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pymicro.shim import host
 from pymicro.shim.channel.base import Channel
-from pymicro.shim.config import Paths, Settings, Vm
+from pymicro.shim.config import Paths, Settings, Timeouts, Vm
 from pymicro.shim.errors import ShimError
 from pymicro.shim.hypervisor import registry, virtiofsd
 from pymicro.shim.hypervisor.base import Boot, Hypervisor, Origin, Share, VmSpec
@@ -22,6 +22,8 @@ from tests.framework.settings import dev_paths
 
 CLOUD_HYPERVISOR = "CLOUD_HYPERVISOR"
 """The variable that names the program, where PATH does not have it."""
+STEP = 60.0
+"""Seconds for each command to a VMM: an emulated KVM host is slow."""
 FAKE = VmSpec("fake", Path("/k"), Path("/i"), 1, 256, "tcg")
 
 
@@ -61,7 +63,7 @@ def find(name: str) -> Vmm:
     if chosen := os.environ.get(CLOUD_HYPERVISOR):
         paths["cloud_hypervisor"] = chosen
     vm = Vm(hypervisor=name)  # type: ignore[arg-type]  # one of registry.NAMES
-    settings = Settings(vm=vm, paths=Paths(**paths))
+    settings = Settings(vm=vm, paths=Paths(**paths), timeouts=Timeouts(vmm=STEP))
     try:
         spec = VmSpec(
             binary=registry.binary(settings),

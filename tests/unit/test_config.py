@@ -71,7 +71,7 @@ def test_a_section_that_is_a_value_is_refused() -> None:
         ("[vm]\nvcpus = 0", "vm.vcpus = 0 is wrong: allowed is a whole number of at least 1"),
         ("[vm]\nvcpus = true", "vm.vcpus = True is wrong"),
         ("[vm]\naccel = 'kmv'", 'vm.accel = \'kmv\' is wrong: allowed is "auto", "kvm" or "tcg"'),
-        ("[vm]\nhypervisor = 'xen'", "vm.hypervisor = 'xen' is wrong: allowed is \"qemu\""),
+        ("[vm]\nhypervisor = 'xen'", 'vm.hypervisor = \'xen\' is wrong: allowed is "qemu" or "cloud-hypervisor"'),
         ("[timeouts]\nhello = 0", "timeouts.hello = 0 is wrong"),
         ("[timeouts]\nhello = inf", "timeouts.hello = inf is wrong"),
         ("[timeouts]\nhello = nan", "timeouts.hello = nan is wrong"),

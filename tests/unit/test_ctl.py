@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 from pymicro.ctl import check, containerd, ps
 from pymicro.ctl.__main__ import main
-from pymicro.shim import config, host, state
+from pymicro.shim import config, host, state, syscalls
 from pymicro.shim.config import Paths, Settings, Vm
 from pymicro.shim.errors import HostMissing
 
@@ -144,6 +144,37 @@ def test_qemus_version(tmp_path: Path, prints: str, expected: str, detail: str) 
     finding = check._qemu(Settings(paths=Paths(qemu=script(tmp_path / "qemu", prints))))
     assert finding.state == expected
     assert detail in finding.detail
+
+
+CLOUD_HYPERVISOR = Vm(hypervisor="cloud-hypervisor")
+
+
+@pytest.mark.parametrize(
+    ("prints", "abi", "expected", "detail"),
+    [
+        ("echo cloud-hypervisor v53.0.0", 3, "ok", "53.0.0, "),
+        ("echo cloud-hypervisor v53.0.0", 2, "degraded", "version 2 of Landlock, 3 is needed"),
+        ("echo cloud-hypervisor v48.0.0", 3, "missing", "version 48.0.0; 52 or newer is needed"),
+        ("exit 1", 3, "missing", "does not tell its version"),
+    ],
+)
+def test_cloud_hypervisors_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str, abi: int, expected: str, detail: str
+) -> None:
+    monkeypatch.setattr(syscalls, "landlock_abi", lambda: abi)
+    program = script(tmp_path / "cloud-hypervisor", prints)
+    finding = check._vmm(Settings(vm=CLOUD_HYPERVISOR, paths=Paths(cloud_hypervisor=program)))
+    assert (finding.name, finding.state) == ("Cloud Hypervisor", expected)
+    assert detail in finding.detail
+
+
+def test_cloud_hypervisor_is_looked_for_where_it_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(host, "why_not_kvm", lambda: "no flag")
+    (tmp_path / "config.toml").write_text("[vm]\nhypervisor = 'cloud-hypervisor'\n")
+    found = names(list(check.check(str(tmp_path / "config.toml"))))
+    assert (found["Cloud Hypervisor"], found["acceleration"], found["vsock"]) == ("missing", "missing", "ok")
+    assert "QEMU" not in found
 
 
 def test_kernel_and_image(tmp_path: Path) -> None:

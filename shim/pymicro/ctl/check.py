@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from pymicro.ctl import containerd
-from pymicro.shim import config, host
+from pymicro.shim import config, host, syscalls
 from pymicro.shim.config import Settings
-from pymicro.shim.errors import ShimError
+from pymicro.shim.errors import HostMissing, ShimError
+from pymicro.shim.hypervisor import registry
+from pymicro.shim.hypervisor.cloud_hypervisor import wake
 
 State = Literal["ok", "degraded", "missing"]
 EXIT_STATUS: dict[State, int] = {"ok": 0, "degraded": 1, "missing": 2}
@@ -77,6 +79,8 @@ def _user(_settings: Settings) -> Finding:
 
 
 def _acceleration(settings: Settings) -> Finding:
+    if settings.vm.hypervisor == "cloud-hypervisor":
+        return Finding("acceleration", "ok", registry.accel(settings).upper())
     wanted, why = settings.vm.accel, host.why_not_kvm()
     if wanted == "tcg":
         return Finding("acceleration", "degraded", 'vm.accel = "tcg" in the settings: VMs are emulated, and slow')
@@ -85,6 +89,30 @@ def _acceleration(settings: Settings) -> Finding:
     if wanted == "kvm":
         return Finding("acceleration", "missing", f'vm.accel = "kvm", but KVM is not usable: {why}')
     return Finding("acceleration", "degraded", f"VMs are emulated, and slow, because KVM is not usable: {why}")
+
+
+def _vmm(settings: Settings) -> Finding:
+    return _cloud_hypervisor(settings) if settings.vm.hypervisor == "cloud-hypervisor" else _qemu(settings)
+
+
+def _cloud_hypervisor(settings: Settings) -> Finding:
+    name = "Cloud Hypervisor"
+    try:
+        path = host.find_cloud_hypervisor(settings)
+    except HostMissing as error:
+        return Finding(name, "missing", str(error))
+    version = _version_of([path, "--version"])
+    if version is None:
+        return Finding(name, "missing", f"{path} does not tell its version: is it Cloud Hypervisor?")
+    text = ".".join(map(str, version))
+    if version < wake.OLDEST:
+        return Finding(name, "missing", f"{path} is version {text}; {wake.OLDEST[0]} or newer is needed")
+    if (abi := syscalls.landlock_abi()) < registry.LANDLOCK_ABI:
+        why = (
+            f"the kernel offers version {abi} of Landlock, {registry.LANDLOCK_ABI} is needed (Linux 6.2, lsm=landlock)"
+        )
+        return Finding(name, "degraded", f"{text}, {path}, not confined to its VM's files: {why}")
+    return Finding(name, "ok", f"{text}, {path}, confined by Landlock")
 
 
 def _qemu(settings: Settings) -> Finding:
@@ -118,6 +146,8 @@ def _virtiofsd(settings: Settings) -> Finding:
 
 
 def _vsock(settings: Settings) -> Finding:
+    if settings.vm.hypervisor == "cloud-hypervisor":
+        return Finding("vsock", "ok", "Cloud Hypervisor's own")
     found = host.find_vhost_vsock(settings)
     return Finding("vsock", "ok", f"{found.program} (user space)" if found.program else f"{host.VHOST_VSOCK} (kernel)")
 
@@ -208,7 +238,7 @@ def _memory(settings: Settings, meminfo: str = "/proc/meminfo") -> Finding:
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "user": _user,
     "acceleration": _acceleration,
-    "QEMU": _qemu,
+    "QEMU": _vmm,
     "virtiofsd": _virtiofsd,
     "vsock": _vsock,
     "kernel": _kernel,
