@@ -1,7 +1,8 @@
 """Fixtures of all tests, named after the stages of a life cycle: a containerd that runs, a client, a running container.
 
 `--containerd=1.6,1.7,2.1` runs every test that uses containerd against each of these versions; without it they use the
-newest, and those marked `every_containerd` all of them. `--start=boot` has every VM boot its own kernel.
+newest, and those marked `every_containerd` all of them. `--start=boot` has every VM boot its own kernel,
+`--hypervisor=cloud-hypervisor` makes it one of Cloud Hypervisor's.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import asdict
 from pymicro.shim.config import Timeouts
+from pymicro.shim.hypervisor import registry
 
 from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
 from tests.framework.ctr import PYMICRO, Container, Ctr
@@ -32,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("snapshot", "boot"),
         default="snapshot",
         help="vm.start, unless a test chooses its own",
+    )
+    parser.addoption(
+        "--hypervisor", choices=registry.NAMES, default="qemu", help="vm.hypervisor, unless a test chooses its own"
     )
     parser.addoption("--clones", type=int, default=1000, help="how many clones of one template the slow lane compares")
 
@@ -85,7 +90,8 @@ def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Ite
     if os.geteuid():
         pytest.skip("containerd needs root")
     with claimed_directory(REPOSITORY / "build/test") as directory:
-        settings = {"vm": {"start": request.config.getoption("--start")}, "timeouts": patient_timeouts()}
+        chosen = {name: request.config.getoption(f"--{name}") for name in ("hypervisor", "start")}
+        settings = {"vm": chosen, "timeouts": patient_timeouts()}
         namespace = f"test-{secrets.token_hex(3)}"
         instance = Containerd(request.param, directory, namespace=namespace, settings=settings)
         try:

@@ -15,8 +15,12 @@ from tests.framework.waiting import seconds
 
 SHIM = "shim"
 ANCHOR = "anchor"
-HELPERS = {"qemu": "qemu-system", "virtiofsd": "virtiofsd", "vhost-device-vsock": "vhost-device-vsock"}
-"""Name of a helper, and what its command line contains."""
+HELPERS = {
+    "qemu": ("qemu-system", "cloud-hypervisor"),
+    "virtiofsd": ("virtiofsd",),
+    "vhost-device-vsock": ("vhost-device-vsock",),
+}
+"""Name of a helper, and what its command line contains. "qemu" stands for the VMM, whichever it is."""
 KINDS = (SHIM, *HELPERS, ANCHOR)
 
 APPEARS = 20.0
@@ -48,7 +52,8 @@ class Sandbox:
         elif kind == ANCHOR:
             yield from (pid for pid in _children(everything, shim) if _name(pid) == "pymicro-anchor")
         else:
-            found = [pid for pid in _children(everything, shim) if HELPERS[kind] in _program(everything[pid])]
+            programs = {pid: _program(everything[pid]) for pid in _children(everything, shim)}
+            found = [pid for pid, program in programs.items() if any(name in program for name in HELPERS[kind])]
             yield from found
             yield from (child for pid in found for child in _children(everything, pid))
 

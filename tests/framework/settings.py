@@ -16,6 +16,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KERNEL = ("PYMICRO_KERNEL", "kernel-config/build.py", "vmlinux")
 IMAGE = ("PYMICRO_IMAGE", "rootfs-builder/build.py", "image.erofs")
 
+CLOUD_HYPERVISOR = "CLOUD_HYPERVISOR"
+"""The variable that names Cloud Hypervisor's program, where PATH does not have it: Debian does not either."""
+
 
 @functools.cache
 def artefact(variable: str, builder: str, name: str) -> Path:
@@ -31,11 +34,14 @@ def artefact(variable: str, builder: str, name: str) -> Path:
 
 def dev_paths() -> dict[str, str]:
     """Return the `[paths]` of a development settings file. Raises ToolError."""
-    return {
+    found = {
         "kernel": str(artefact(*KERNEL)),
         "image": str(artefact(*IMAGE)),
         "vhost_device_vsock": str(tool("vhost-device-vsock") / "vhost-device-vsock"),
     }
+    if chosen := os.environ.get(CLOUD_HYPERVISOR):
+        found["cloud_hypervisor"] = str(Path(chosen).resolve())
+    return found
 
 
 def write_settings(file: Path, **extra: dict[str, object]) -> None:

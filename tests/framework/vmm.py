@@ -18,10 +18,8 @@ from pymicro.shim.hypervisor.fake import FakeHypervisor
 from pymicro.shim.spawn import Place
 from pymicro.wire import frames, messages
 
-from tests.framework.settings import dev_paths
+from tests.framework.settings import CLOUD_HYPERVISOR, dev_paths
 
-CLOUD_HYPERVISOR = "CLOUD_HYPERVISOR"
-"""The variable that names the program, where PATH does not have it."""
 STEP = 60.0
 """Seconds for each command to a VMM: an emulated KVM host is slow."""
 FAKE = VmSpec("fake", Path("/k"), Path("/i"), 1, 256, "tcg")
@@ -59,11 +57,8 @@ def find(name: str) -> Vmm:
         return Vmm(FakeHypervisor(), FAKE)
     if os.geteuid():
         pytest.skip(f"{name} is not run: virtiofsd needs root")
-    paths = dev_paths()
-    if chosen := os.environ.get(CLOUD_HYPERVISOR):
-        paths["cloud_hypervisor"] = chosen
     vm = Vm(hypervisor=name)  # type: ignore[arg-type]  # one of registry.NAMES
-    settings = Settings(vm=vm, paths=Paths(**paths), timeouts=Timeouts(vmm=STEP))
+    settings = Settings(vm=vm, paths=Paths(**dev_paths()), timeouts=Timeouts(vmm=STEP))
     try:
         spec = VmSpec(
             binary=registry.binary(settings),
