@@ -39,6 +39,9 @@ class Api:
     def __repr__(self) -> str:
         return f"<Api fd={self._socket.fileno()}>"
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def call(self, request: Request) -> Any:
         """Carry out `request` and return what it returns: JSON of any kind. Raises Refused."""
         self.send(request)
