@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from pymicro.shim.channel import memory
+from pymicro.shim.destination import open_output
 from pymicro.shim.errors import InvalidRequest, StepTimeout, Unsupported
+from pymicro.shim.input import Input
 from pymicro.shim.requests import StdioPaths
-from pymicro.shim.stdio import Input, Stdio, open_output
+from pymicro.shim.stdio import Stdio
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
 
