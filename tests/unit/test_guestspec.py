@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pymicro.shim.errors import InvalidRequest, ShimError, Unsupported
 from pymicro.shim.guestspec import AGENT_PID, Bind, GuestPlan, build, guest_process, guest_resources
+from pymicro.shim.hooks import Hook
 
 SHARE = "/run/pymicro/share/c1"
 Spec = dict[str, Any]
@@ -374,10 +375,21 @@ def test_hooks_of_the_host_are_returned_and_only_those_of_the_guest_passed_on() 
     }
     plan = plan_of(ctr_spec() | {"hooks": hooks})
     assert plan.spec["hooks"] == {name: hooks[name] for name in ("createContainer", "startContainer")}
-    assert plan.hooks.prestart == tuple(hooks["prestart"])
-    assert plan.hooks.create_runtime == tuple(hooks["createRuntime"])
-    assert plan.hooks.poststart == tuple(hooks["poststart"])
-    assert plan.hooks.poststop == tuple(hooks["poststop"])
+    assert plan.hooks.prestart == (Hook("/bin/prestart", ("a",)),)
+    assert plan.hooks.create_runtime == (Hook("/bin/createRuntime", ("a",)),)
+    assert plan.hooks.poststart == (Hook("/bin/poststart", ("a",)),)
+    assert plan.hooks.poststop == (Hook("/bin/poststop", ("a",)),)
+
+
+def test_hooks_of_the_guest_get_a_time_out_where_they_have_none() -> None:
+    hooks = {"createContainer": [{"path": "/a", "timeout": None}, {"path": "/b", "timeout": 3}]}
+    spec = build(ctr_spec() | {"hooks": hooks}, "c1", hook_limit=1.5).spec
+    assert spec["hooks"]["createContainer"] == [{"path": "/a", "timeout": 2}, {"path": "/b", "timeout": 3}]
+
+
+def test_a_hook_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="createContainer hook #0 is wrong"):
+        plan_of(ctr_spec() | {"hooks": {"createContainer": [{"path": "here"}]}})
 
 
 def test_without_hooks_there_is_no_hooks_section() -> None:

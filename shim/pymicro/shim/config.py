@@ -72,6 +72,7 @@ class Timeouts(Struct, frozen=True):
     hello: Seconds = 60.0
     request: Seconds = 30.0
     drain: Seconds = 2.0
+    hook: Seconds = 20.0
 
 
 class Templates(Struct, frozen=True):

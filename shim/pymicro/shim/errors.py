@@ -10,6 +10,7 @@ ShimError                   anything that a client should see as a clear message
 |- HostMissing              the host lacks something: a program, a device, a kernel or image file
 |- StepTimeout              an external step took longer than its limit
 |- SandboxDied              the VMM, virtiofsd or the agent is gone; says which and its last words
+|- HookFailed               a hook of the spec's, on the host, ended badly; carries what it said
 `- GuestError               the agent or crun refused; carries the guest's message
 """
 
@@ -54,6 +55,10 @@ class SandboxDied(ShimError):
     """The VMM, virtiofsd or the agent is gone."""
 
 
+class HookFailed(ShimError):
+    """A hook of the host failed."""
+
+
 class GuestError(ShimError):
     """The agent or crun refused a request."""
 
@@ -69,6 +74,7 @@ STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (Unsupported, 12),
     (HostMissing, 9),
     (SandboxDied, 14),
+    (HookFailed, 2),
     (GuestError, 2),
     (NotImplementedError, 12),
 )

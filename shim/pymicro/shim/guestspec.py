@@ -5,12 +5,14 @@ appear in the pod's share; what only makes sense on the host is taken out; what 
 Covers runtime-spec 1.0 to 1.2.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 from pymicro.shim.errors import InvalidRequest, Unsupported
+from pymicro.shim.hooks import Hook, parse
 from pymicro.wire.messages import GUEST_SHARE
 
 Json = dict[str, Any]
@@ -72,12 +74,12 @@ class Bind(Struct, frozen=True):
 
 
 class HostHooks(Struct, frozen=True):
-    """The OCI hooks that run on the host, each an object with path, args, env and timeout."""
+    """The OCI hooks that run on the host."""
 
-    prestart: tuple[Json, ...] = ()
-    create_runtime: tuple[Json, ...] = ()
-    poststart: tuple[Json, ...] = ()
-    poststop: tuple[Json, ...] = ()
+    prestart: tuple[Hook, ...] = ()
+    create_runtime: tuple[Hook, ...] = ()
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
 
 
 class GuestPlan(Struct, frozen=True):
@@ -97,13 +99,15 @@ def build(
     guest_pids: Mapping[int, int] | None = None,
     *,
     folder: str | None = None,
+    hook_limit: float | None = None,
 ) -> GuestPlan:
     """Return the plan for `container_id` with the OCI runtime spec `spec`, which stays as it is.
 
     `folder` is the container's directory in the share, named after its id unless the caller knows better.
     `guest_pids` maps the task pids (on the host) of this pod's containers to the pids of their init processes in the
-    guest, AGENT_PID for the sandbox: `/proc/<pid>/ns/...` of these can be joined. Raises InvalidRequest where the
-    spec makes no sense, Unsupported where it asks for what a VM cannot give.
+    guest, AGENT_PID for the sandbox: `/proc/<pid>/ns/...` of these can be joined. `hook_limit` is in seconds, for
+    those hooks in the guest that have no time-out. Raises InvalidRequest where the spec makes no sense, Unsupported
+    where it asks for what a VM cannot give.
     """
     _check_version(spec)
     root = _object(spec, "root", required=True)
@@ -115,7 +119,7 @@ def build(
     share = f"{GUEST_SHARE}/{folder or container_id}"
     mounts, binds = _mounts(_objects(spec, "mounts"), share)
     linux, dropped = _linux(_object(spec, "linux"), container_id, guest_pids or {})
-    host_hooks, guest_hooks = _hooks(_object(spec, "hooks"))
+    host_hooks, guest_hooks = _hooks(_object(spec, "hooks"), hook_limit)
     guest: Json = {key: spec[key] for key in _TOP_LEVEL if key in spec}
     guest |= {"root": {**root, "path": f"{share}/rootfs"}, "process": guest_process(process), "mounts": mounts}
     guest |= {"linux": linux, "annotations": _annotations(_object(spec, "annotations"))}
@@ -257,15 +261,26 @@ def _pid(path: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _hooks(hooks: Json) -> tuple[HostHooks, Json]:
-    """Return the hooks of the host and those of the guest: createContainer and startContainer, which see the mounts."""
+def _hooks(hooks: Json, limit: float | None) -> tuple[HostHooks, Json]:
+    """Return the hooks of the host and those of the guest: createContainer and startContainer, which see the mounts.
+
+    crun takes whole seconds, and waits for ever where there is no time-out.
+    """
     host = HostHooks(
-        prestart=tuple(_objects(hooks, "prestart")),
-        create_runtime=tuple(_objects(hooks, "createRuntime")),
-        poststart=tuple(_objects(hooks, "poststart")),
-        poststop=tuple(_objects(hooks, "poststop")),
+        prestart=parse("prestart", _objects(hooks, "prestart")),
+        create_runtime=parse("createRuntime", _objects(hooks, "createRuntime")),
+        poststart=parse("poststart", _objects(hooks, "poststart")),
+        poststop=parse("poststop", _objects(hooks, "poststop")),
     )
-    return host, {key: hooks[key] for key in ("createContainer", "startContainer") if hooks.get(key)}
+    guest: Json = {}
+    for kind in ("createContainer", "startContainer"):
+        parse(kind, wanted := _objects(hooks, kind))
+        default = {} if limit is None else {"timeout": math.ceil(limit)}
+        if wanted:
+            guest[kind] = [
+                {**default, **{key: value for key, value in hook.items() if value is not None}} for hook in wanted
+            ]
+    return host, guest
 
 
 def _annotations(annotations: Json) -> Json:
