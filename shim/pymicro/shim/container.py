@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from pymicro.shim import cgroup
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.anchor import Anchor
-from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, StepTimeout, WrongState
+from pymicro.shim.containerhooks import ContainerHooks
+from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, ShimError, StepTimeout, WrongState
 from pymicro.shim.events import Publisher
 from pymicro.shim.guestspec import guest_process, guest_resources
 from pymicro.shim.process import KILLED, Process, Status
@@ -45,6 +46,7 @@ class Container:
     init: Process
     pod: Pod
     resources: AsyncExitStack
+    hooks: ContainerHooks
     anchor: Anchor = field(init=False)
     cgroups: tuple[str, ...] = ()
     guest_pid: int = 0
@@ -92,6 +94,20 @@ class Container:
         await agent.call("start", {"container": self.id})
         self.init.started(self.anchor.pid)
         self.pod.events.started(self.id, self.init.pid)
+        try:
+            await self.hooks.started(self.init.pid)
+        except ShimError:
+            await self._stop(agent)
+            raise
+
+    async def _stop(self, agent: AgentClient) -> None:
+        """End a container that must not run on: a poststart hook has failed (runtime-spec, lifecycle)."""
+        with suppress(SandboxDied, WrongState, NotFound, StepTimeout):
+            await self._signal(agent, {**self.init.guest_id, "signal": signal.SIGKILL, "all": True})
+        self.init.gate.set()
+        with suppress(TimeoutError):  # a guest that does not report it is another story, which others tell
+            async with asyncio.timeout(IO_LIMIT):
+                await self.init.wait()
 
     async def _start_exec(self, process: Process) -> None:
         try:

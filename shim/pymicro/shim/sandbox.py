@@ -15,6 +15,7 @@ from pymicro.shim.agent import AgentClient
 from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
+from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, GuestError, NotFound, SandboxDied, ShimError, StepTimeout
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
@@ -213,9 +214,12 @@ class Sandbox:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
         number = next(self._folders)
         folder = f"{number}-{request.id}"
-        plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder)
+        limit = self.settings.timeouts.hook
+        plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder, hook_limit=limit)
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
+        hooks = ContainerHooks(request.id, bundle, plan.hooks, self._record, limit)
+        stack.push_async_callback(hooks.deleted)  # the last thing: then nothing of the container is left
         process = Process(request.id, "", request.stdio)
         process.gate.clear()
         stack.callback(process.abandon)
@@ -230,12 +234,14 @@ class Sandbox:
         stack.callback(self._timelines.pop, request.id)
         mounted = timeline.span("rootfs", begun)
 
-        container = Container(request.id, request.bundle, process, self, stack, cgroups=groups)
+        container = Container(request.id, request.bundle, process, self, stack, hooks, cgroups=groups)
         container.anchor = anchor.start(root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         self.containers[request.id] = container
         stack.callback(self.containers.pop, request.id, None)
 
+        await hooks.creating(container.anchor.pid)
+        mounted = timeline.span("hooks", mounted) if plan.hooks != guestspec.HostHooks() else mounted
         agent = await self.agent()
         up = timeline.span("wait_for_vm", mounted)
         stack.push_async_callback(self._delete_in_guest, request.id)
