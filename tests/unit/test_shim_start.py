@@ -182,6 +182,59 @@ def test_delete_frees_a_sandbox_any_number_of_times(host: Host) -> None:
         assert not run.exists()
 
 
+def owing_sandbox(host: Host, script: str) -> Path:
+    """Record a sandbox whose shim was killed before it ran its container's poststop hook."""
+    run = host.run / "c1"
+    run.mkdir(parents=True)
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"], "timeout": 30}
+    owed = {"hooks": [hook], "state": {"id": "c1", "bundle": str(host.bundle)}, "limit": 30}
+    state.write(str(run), {"cgroups": [], "containers": ["c1"], "poststop": {"c1": owed}})
+    return run
+
+
+def test_delete_runs_the_poststop_hooks_of_a_shim_that_was_killed(host: Host, tmp_path: Path) -> None:
+    run = owing_sandbox(host, f"cat >> {tmp_path}/seen; echo >> {tmp_path}/seen; echo no bridge; exit 2")
+    first, second = host.execute("delete"), host.execute("delete")
+    problem = b"pymicro: c1: error running poststop hook #0 (/bin/sh): exit status 2; it said: no bridge\n"
+    assert (first.returncode, first.stderr) == (0, problem)
+    assert task_pb2.DeleteResponse.FromString(first.stdout).exit_status == 137
+    assert (second.returncode, second.stderr) == (0, b"")
+    assert (tmp_path / "seen").read_text().count("\n") == 1
+    assert not run.exists()
+
+
+def test_delete_does_not_wait_for_slow_poststop_hooks_which_run_all_the_same(host: Host, tmp_path: Path) -> None:
+    """Containerd kills a `delete` after five seconds, and then keeps the bundle."""
+    run = owing_sandbox(host, f"sleep 4.5; : > {tmp_path}/done")
+    begun = time.monotonic()
+    result = host.execute("delete")
+    assert time.monotonic() - begun < 4.4, "it waited for the hook"
+    assert result.returncode == 0
+    assert b"poststop hooks still run after 3 s" in result.stderr
+    assert task_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
+    deadline = time.monotonic() + 10
+    while run.exists():
+        assert time.monotonic() < deadline, "the hook was given up"
+        time.sleep(0.02)
+    assert (tmp_path / "done").exists()
+
+
+def test_start_after_a_shim_that_was_killed_runs_its_poststop_hooks_first(host: Host, tmp_path: Path) -> None:
+    """And says what is wrong with them in the log, never in its answer."""
+    owing_sandbox(host, f": > {tmp_path}/done; exit 2")
+    os.mkfifo(host.bundle / "log")
+    log = os.open(host.bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        result = host.execute("start")
+        said = os.read(log, 4096)
+    finally:
+        os.close(log)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == f"unix://{host.socket_path('c1')}".encode()
+    assert (tmp_path / "done").exists()
+    assert said.startswith(b"pymicro: c1: error running poststop hook #0 (/bin/sh): exit status 2")
+
+
 def test_delete_when_the_bundle_is_gone(host: Host) -> None:
     (host.bundle / "config.json").unlink()
     assert host.execute("delete").returncode == 0

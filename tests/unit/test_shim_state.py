@@ -5,7 +5,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,14 +100,17 @@ def test_records_that_are_none(run: Path, content: bytes) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
-    values=st.fixed_dictionaries({}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket"), Json))
+    values=st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket", "poststop"), Json)
+    )
 )
 def test_records_with_any_values(tmp_path: Path, values: dict[str, object]) -> None:
     run = tmp_path / "run"
     run.mkdir(exist_ok=True)
     (run / state.STATE_FILE).write_text(json.dumps(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "kill", lambda *_: pytest.fail("a process was killed on the word of nonsense"))
+        for module, name in ((os, "kill"), (os, "killpg"), (signal, "pidfd_send_signal")):
+            patch.setattr(module, name, lambda *_: pytest.fail("a process was killed on the word of nonsense"))
         state.free(str(run))
     assert not run.exists()
 
@@ -206,3 +212,123 @@ def test_the_shim_does_not_kill_itself(run: Path) -> None:
     state.write(str(run), {"shim_pid": os.getpid(), "shim_start_time": state.start_time(os.getpid())})
     state.free(str(run))
     assert not run.exists()
+
+
+# --- poststop hooks that a killed shim owes
+
+
+def owed(script: str, timeout: float = 5) -> dict[str, object]:
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"], "timeout": timeout}
+    return {"hooks": [hook], "state": {"id": "c1", "bundle": "/"}, "limit": 5}
+
+
+def test_hooks_that_are_owed_run_once(run: Path, freed: list[str], tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    group = f"{cgroup.ROOT}/memory/pymicro-c1"
+    hooks = {name: owed(f"echo {name} $(ls {run}) >> {seen}") for name in ("c1", "c2")}
+    state.write(str(run), {"cgroups": [group], "poststop": hooks})
+    assert state.free(str(run)) == []
+    assert state.free(str(run)) == []
+    assert [line.split()[0] for line in seen.read_text().splitlines()] == ["c1", "c2"]
+    assert freed == [f"kill {group}", f"remove {group}"]
+    assert not run.exists()
+
+
+def test_a_hook_that_fails_is_worth_a_warning_and_nothing_is_left(run: Path) -> None:
+    state.write(str(run), {"poststop": {"c1": owed("echo no bridge; exit 2"), "c2": 7}})
+    first, second = state.free(str(run))
+    assert first == "c1: error running poststop hook #0 (/bin/sh): exit status 2; it said: no bridge"
+    assert "makes no sense" in second
+    assert not run.exists()
+
+
+def test_a_hook_that_hangs_is_given_up_and_nothing_is_left(run: Path) -> None:
+    state.write(str(run), {"poststop": {"c1": owed("sleep 60", 0.2)}})
+    (warning,) = state.free(str(run))
+    assert "did not end in 0.2 s (its timeout) and was killed" in warning
+    assert not run.exists()
+
+
+FREE = "import sys; from pymicro.shim import state; state.free(sys.argv[1])"
+
+
+def freeing(run: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", FREE, str(run)])
+
+
+def wait_until_exists(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.005)
+
+
+def opened(pid: int) -> list[str]:
+    """Return what a process has open."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(fd))
+    return found
+
+
+def test_two_who_free_at_the_same_time_run_a_hook_once(run: Path, tmp_path: Path) -> None:
+    seen, begun = tmp_path / "seen", tmp_path / "begun"
+    state.write(str(run), {"poststop": {"c1": owed(f": > {begun}; sleep 0.5; echo ran >> {seen}")}})
+    both = [freeing(run), freeing(run)]
+    assert [each.wait(30) for each in both] == [0, 0]
+    assert seen.read_text() == "ran\n"
+    assert not run.exists()
+
+
+def test_who_waited_leaves_a_new_sandbox_of_the_same_name_alone(run: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    state.write(str(run), {"poststop": {"c1": owed(f": > {begun}; sleep 1")}})
+    first = freeing(run)
+    wait_until_exists(begun)
+    second = freeing(run)
+    deadline = time.monotonic() + 20
+    while str(run) not in opened(second.pid):
+        assert time.monotonic() < deadline, "the second does not come to the lock"
+        time.sleep(0.005)
+    assert first.wait(30) == 0
+    run.mkdir()
+    state.write(str(run), {"sandbox": "new"})
+    assert second.wait(30) == 0
+    assert state.read(str(run))["sandbox"] == "new"
+
+
+def test_a_hook_that_was_interrupted_is_run_by_the_next(run: Path, tmp_path: Path) -> None:
+    seen, begun = tmp_path / "seen", tmp_path / "begun"
+    hooks = {
+        "c1": owed(f"echo c1 >> {seen}"),
+        "c2": owed(f"test -e {begun} || {{ : > {begun}; sleep 60; }}; echo c2 >> {seen}"),
+    }
+    state.write(str(run), {"poststop": hooks})
+    first = freeing(run)
+    wait_until_exists(begun)
+    first.kill()
+    first.wait()
+    assert state.free(str(run)) == []
+    assert seen.read_text() == "c1\nc2\n"
+    assert not run.exists()
+
+
+def test_the_shim_is_gone_before_its_record_is_believed(run: Path, tmp_path: Path) -> None:
+    """It may be running the very hook, and note that it has."""
+    seen = tmp_path / "seen"
+    script = (
+        "import os, sys, time; from pymicro.shim import state; run, hook = sys.argv[1], eval(sys.argv[2])\n"
+        "record = state.Record(run); record.note(poststop={'c1': hook}, n=0); print('up', flush=True)\n"
+        "while True: record.note(n=record.facts['n'] + 1)"
+    )
+    shim = subprocess.Popen(
+        [sys.executable, "-c", script, str(run), repr(owed(f"echo ran >> {seen}"))], stdout=subprocess.PIPE
+    )
+    assert shim.stdout
+    shim.stdout.readline()
+    assert state.free(str(run)) == []
+    assert shim.wait(5) == -signal.SIGKILL
+    shim.stdout.close()
+    assert not run.exists()
+    assert seen.read_text() == "ran\n"

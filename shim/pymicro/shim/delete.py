@@ -7,6 +7,7 @@ it alone while the shim lives: the shim knows when the last one is gone.
 
 import json
 import os
+import select
 import time
 from contextlib import suppress
 
@@ -17,6 +18,8 @@ from pymicro.shim.grouping import sandbox_of
 KILLED = 137
 ANSWER = "freed"
 """The file in a bundle with what `delete` is to answer. It says that nothing is left."""
+_PATIENCE = 3.0
+"""Seconds that containerd's client waits for poststop hooks of a shim that was killed."""
 
 
 def _varint(value: int) -> bytes:
@@ -44,8 +47,43 @@ def delete(arguments: Arguments) -> None:
     sandbox_id = _sandbox_id(arguments)
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     if os.path.isdir(directory) and not _in_use(directory, arguments.id, shared=sandbox_id != arguments.id):
-        state.free(directory)
+        for warning in _free(directory):
+            os.write(2, f"pymicro: {warning}\n".encode())  # containerd logs it
     os.write(1, delete_response(KILLED, time.time_ns()))
+
+
+def _free(directory: str) -> list[str]:
+    """Free a sandbox; return what is worth a warning. Poststop hooks go on without us where they need long.
+
+    containerd gives `delete` five seconds, kills it then and keeps the bundle.
+    """
+    if not state.read(directory).get("poststop"):
+        return state.free(directory)
+    said, say = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _free_alone(directory, say)
+    os.close(say)
+    with open(said, "rb") as pipe:
+        if not select.select([pipe], [], [], _PATIENCE)[0]:
+            return [f"poststop hooks still run after {_PATIENCE:g} s; they go on within their time-outs"]
+        warnings = pipe.read().decode(errors="replace").splitlines()
+    os.waitpid(pid, 0)
+    return warnings
+
+
+def _free_alone(directory: str, say: int) -> None:
+    """Runs in the child, which nobody waits for or kills, and never returns."""
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):  # containerd waits until the last one has closed them
+            os.dup2(null, fd)
+        warnings = state.free(directory)
+        with suppress(BrokenPipeError):
+            os.write(say, "\n".join(warnings).encode())
+    finally:
+        os._exit(0)
 
 
 def leave_answer(bundle: str) -> None:

@@ -42,7 +42,18 @@ def free_after(directory: str, daemon: int, start_pid: int) -> None:
     time.sleep(_GRACE)
     recorded = state.read(directory)
     if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
-        state.free(directory)
+        tell(str(recorded.get("bundle")), state.free(directory))
+
+
+def tell(bundle: str, warnings: list[str]) -> None:
+    """Write warnings to the log of the shim that served `bundle`, if containerd still reads it."""
+    with suppress(OSError):
+        log = os.open(os.path.join(bundle, "log"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            for warning in warnings:
+                os.write(log, f"pymicro: {warning}\n".encode())
+        finally:
+            os.close(log)
 
 
 if __name__ == "__main__":

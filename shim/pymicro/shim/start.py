@@ -18,7 +18,7 @@ from pymicro.shim import lean, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
-from pymicro.shim.guard import GOOD_END, become_guard
+from pymicro.shim.guard import GOOD_END, become_guard, tell
 
 SOCKET_DIRECTORY = "/run/containerd/s"
 _BACKLOG = 128
@@ -45,8 +45,7 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     with suppress(FileNotFoundError):
         os.unlink(ANSWER)  # of an earlier pod in this bundle
-    with suppress(FileNotFoundError):
-        state.free(directory, keep_socket=True)  # a sandbox of this name that nobody deleted
+    tell(os.getcwd(), state.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
     record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
     state.write(directory, {**record, "start_pid": os.getpid()})
