@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pymicro.shim import cgroup, state
+from pymicro.shim import cgroup, freeing, state
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -72,10 +72,10 @@ def test_a_write_that_fails_leaves_the_old_record(run: Path) -> None:
 def test_freeing_twice_and_freeing_nothing(run: Path, freed: list[str]) -> None:
     group = f"{cgroup.ROOT}/memory/pymicro-c1"
     state.write(str(run), {"cgroups": [group]})
-    state.free(str(run))
+    freeing.free(str(run))
     assert freed == [f"kill {group}", f"remove {group}"]
     assert not run.exists()
-    state.free(str(run))
+    freeing.free(str(run))
     assert freed == [f"kill {group}", f"remove {group}"]
 
 
@@ -85,7 +85,7 @@ def test_freeing_with_the_record_cut_off_at_every_byte(run: Path, freed: list[st
     for size in range(len(whole)):
         run.mkdir(exist_ok=True)
         (run / state.STATE_FILE).write_bytes(whole[:size])
-        state.free(str(run))
+        freeing.free(str(run))
         assert not run.exists(), f"cut off at byte {size}"
     assert freed == []
 
@@ -94,14 +94,14 @@ def test_freeing_with_the_record_cut_off_at_every_byte(run: Path, freed: list[st
 def test_records_that_are_none(run: Path, content: bytes) -> None:
     (run / state.STATE_FILE).write_bytes(content)
     assert state.read(str(run)) == {}
-    state.free(str(run))
+    freeing.free(str(run))
     assert not run.exists()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
     values=st.fixed_dictionaries(
-        {}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket", "poststop"), Json)
+        {}, optional=dict.fromkeys(("shim_pid", "shim_start_time", "cgroups", "socket", "poststop", "loggers"), Json)
     )
 )
 def test_records_with_any_values(tmp_path: Path, values: dict[str, object]) -> None:
@@ -111,7 +111,7 @@ def test_records_with_any_values(tmp_path: Path, values: dict[str, object]) -> N
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((os, "kill"), (os, "killpg"), (signal, "pidfd_send_signal")):
             patch.setattr(module, name, lambda *_: pytest.fail("a process was killed on the word of nonsense"))
-        state.free(str(run))
+        freeing.free(str(run))
     assert not run.exists()
 
 
@@ -140,7 +140,7 @@ def test_cgroups_that_cannot_be_ours_are_left_alone(
     """Killing what is in a hierarchy's root would be killing the host."""
     monkeypatch.setattr(cgroup, "is_v2", lambda root=cgroup.ROOT: False)
     state.write(str(run), {"cgroups": [path]})
-    state.free(str(run))
+    freeing.free(str(run))
     assert freed == []
 
 
@@ -160,11 +160,11 @@ def test_only_a_socket_is_removed_as_the_socket(run: Path, tmp_path: Path) -> No
         for foreign in (precious, link):
             run.mkdir(exist_ok=True)
             state.write(str(run), {"socket": str(foreign)})
-            state.free(str(run))
+            freeing.free(str(run))
             assert foreign.exists()
         run.mkdir()
         state.write(str(run), {"socket": str(path)})
-        state.free(str(run))
+        freeing.free(str(run))
         assert not path.exists()
 
 
@@ -174,7 +174,7 @@ def test_socket_that_a_new_shim_has_bound_is_kept(run: Path, tmp_path: Path) -> 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         state.write(str(run), {"socket": str(path)})
-        state.free(str(run), keep_socket=True)
+        freeing.free(str(run), keep_socket=True)
         assert path.exists()
         assert not run.exists()
 
@@ -191,14 +191,14 @@ def test_start_time_tells_processes_apart(sleeper: subprocess.Popen[bytes]) -> N
 def test_shim_that_runs_is_killed(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
     state.write(str(run), {"shim_pid": sleeper.pid, "shim_start_time": state.start_time(sleeper.pid)})
     assert state.shim_runs(state.read(str(run)))
-    state.free(str(run))
+    freeing.free(str(run))
     assert sleeper.wait(5) == -signal.SIGKILL
 
 
 def test_process_that_took_over_a_shims_pid_is_left_alone(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
     state.write(str(run), {"shim_pid": sleeper.pid, "shim_start_time": state.start_time(sleeper.pid) - 1})
     assert not state.shim_runs(state.read(str(run)))
-    state.free(str(run))
+    freeing.free(str(run))
     assert sleeper.poll() is None
 
 
@@ -210,7 +210,7 @@ def test_pids_that_cannot_be_a_shims(pid: object) -> None:
 
 def test_the_shim_does_not_kill_itself(run: Path) -> None:
     state.write(str(run), {"shim_pid": os.getpid(), "shim_start_time": state.start_time(os.getpid())})
-    state.free(str(run))
+    freeing.free(str(run))
     assert not run.exists()
 
 
@@ -227,8 +227,8 @@ def test_hooks_that_are_owed_run_once(run: Path, freed: list[str], tmp_path: Pat
     group = f"{cgroup.ROOT}/memory/pymicro-c1"
     hooks = {name: owed(f"echo {name} $(ls {run}) >> {seen}") for name in ("c1", "c2")}
     state.write(str(run), {"cgroups": [group], "poststop": hooks})
-    assert state.free(str(run)) == []
-    assert state.free(str(run)) == []
+    assert freeing.free(str(run)) == []
+    assert freeing.free(str(run)) == []
     assert [line.split()[0] for line in seen.read_text().splitlines()] == ["c1", "c2"]
     assert freed == [f"kill {group}", f"remove {group}"]
     assert not run.exists()
@@ -236,7 +236,7 @@ def test_hooks_that_are_owed_run_once(run: Path, freed: list[str], tmp_path: Pat
 
 def test_a_hook_that_fails_is_worth_a_warning_and_nothing_is_left(run: Path) -> None:
     state.write(str(run), {"poststop": {"c1": owed("echo no bridge; exit 2"), "c2": 7}})
-    first, second = state.free(str(run))
+    first, second = freeing.free(str(run))
     assert first == "c1: error running poststop hook #0 (/bin/sh): exit status 2; it said: no bridge"
     assert "makes no sense" in second
     assert not run.exists()
@@ -244,15 +244,15 @@ def test_a_hook_that_fails_is_worth_a_warning_and_nothing_is_left(run: Path) -> 
 
 def test_a_hook_that_hangs_is_given_up_and_nothing_is_left(run: Path) -> None:
     state.write(str(run), {"poststop": {"c1": owed("sleep 60", 0.2)}})
-    (warning,) = state.free(str(run))
+    (warning,) = freeing.free(str(run))
     assert "did not end in 0.2 s (its timeout) and was killed" in warning
     assert not run.exists()
 
 
-FREE = "import sys; from pymicro.shim import state; state.free(sys.argv[1])"
+FREE = "import sys; from pymicro.shim import freeing; freeing.free(sys.argv[1])"
 
 
-def freeing(run: Path) -> subprocess.Popen[bytes]:
+def one_who_frees(run: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", FREE, str(run)])
 
 
@@ -275,7 +275,7 @@ def opened(pid: int) -> list[str]:
 def test_two_who_free_at_the_same_time_run_a_hook_once(run: Path, tmp_path: Path) -> None:
     seen, begun = tmp_path / "seen", tmp_path / "begun"
     state.write(str(run), {"poststop": {"c1": owed(f": > {begun}; sleep 0.5; echo ran >> {seen}")}})
-    both = [freeing(run), freeing(run)]
+    both = [one_who_frees(run), one_who_frees(run)]
     assert [each.wait(30) for each in both] == [0, 0]
     assert seen.read_text() == "ran\n"
     assert not run.exists()
@@ -284,9 +284,9 @@ def test_two_who_free_at_the_same_time_run_a_hook_once(run: Path, tmp_path: Path
 def test_who_waited_leaves_a_new_sandbox_of_the_same_name_alone(run: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     state.write(str(run), {"poststop": {"c1": owed(f": > {begun}; sleep 1")}})
-    first = freeing(run)
+    first = one_who_frees(run)
     wait_until_exists(begun)
-    second = freeing(run)
+    second = one_who_frees(run)
     deadline = time.monotonic() + 20
     while str(run) not in opened(second.pid):
         assert time.monotonic() < deadline, "the second does not come to the lock"
@@ -305,11 +305,11 @@ def test_a_hook_that_was_interrupted_is_run_by_the_next(run: Path, tmp_path: Pat
         "c2": owed(f"test -e {begun} || {{ : > {begun}; sleep 60; }}; echo c2 >> {seen}"),
     }
     state.write(str(run), {"poststop": hooks})
-    first = freeing(run)
+    first = one_who_frees(run)
     wait_until_exists(begun)
     first.kill()
     first.wait()
-    assert state.free(str(run)) == []
+    assert freeing.free(str(run)) == []
     assert seen.read_text() == "c1\nc2\n"
     assert not run.exists()
 
@@ -327,8 +327,47 @@ def test_the_shim_is_gone_before_its_record_is_believed(run: Path, tmp_path: Pat
     )
     assert shim.stdout
     shim.stdout.readline()
-    assert state.free(str(run)) == []
+    assert freeing.free(str(run)) == []
     assert shim.wait(5) == -signal.SIGKILL
     shim.stdout.close()
     assert not run.exists()
     assert seen.read_text() == "ran\n"
+
+
+# --- log binaries of a killed shim
+
+
+def logger(run: Path, script: str) -> subprocess.Popen[bytes]:
+    """Start a stand-in in a session of its own, and record it."""
+    process = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    recorded = state.read(str(run)).get("loggers", {})
+    state.write(str(run), {"loggers": {**recorded, str(process.pid): state.start_time(process.pid)}})
+    return process
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    process.communicate(timeout=5)
+    return process.returncode
+
+
+def test_a_log_binary_has_a_moment_to_end_by_itself(run: Path) -> None:
+    process = logger(run, "echo up; sleep 0.3; exit 7")
+    freeing.free(str(run))
+    assert ended(process) == 7
+
+
+def test_log_binaries_that_do_not_end_are_asked_to_and_then_killed(run: Path) -> None:
+    asked = logger(run, "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
+    stubborn = logger(run, "trap '' TERM; echo up; while :; do sleep 0.05; done")
+    freeing.free(str(run))
+    assert ended(asked) == 5
+    assert ended(stubborn) == -signal.SIGKILL
+    assert not run.exists()
+
+
+def test_process_that_took_over_a_log_binarys_pid_is_left_alone(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    state.write(str(run), {"loggers": {str(sleeper.pid): state.start_time(sleeper.pid) - 1}})
+    freeing.free(str(run))
+    assert sleeper.poll() is None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from pymicro.shim import state, template_files
+from pymicro.shim import freeing, state, template_files
 from pymicro.shim.errors import SandboxDied
 from pymicro.shim.hypervisor.base import Boot, Origin, Template
 from pymicro.shim.hypervisor.fake import FakeVm
@@ -368,7 +368,7 @@ def test_freeing_a_killed_shim_frees_the_memory_it_left(
     run = tmp_path / "run"
     run.mkdir()
     state.write(str(run), {"shim_pid": killed_builder(bench, when), "templates": str(bench.store.directory)})
-    state.free(str(run))
+    freeing.free(str(run))
     assert [name for name in bench.left() if not name.endswith(".lock")] == bench.store.names()
     bench.store.prune()
     assert bench.left() == bench.store.names()

@@ -11,7 +11,7 @@ import select
 import time
 from contextlib import suppress
 
-from pymicro.shim import state
+from pymicro.shim import freeing, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import sandbox_of
 
@@ -58,7 +58,7 @@ def _free(directory: str) -> list[str]:
     containerd gives `delete` five seconds, kills it then and keeps the bundle.
     """
     if not state.read(directory).get("poststop"):
-        return state.free(directory)
+        return freeing.free(directory)
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -79,7 +79,7 @@ def _free_alone(directory: str, say: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):  # containerd waits until the last one has closed them
             os.dup2(null, fd)
-        warnings = state.free(directory)
+        warnings = freeing.free(directory)
         with suppress(BrokenPipeError):
             os.write(say, "\n".join(warnings).encode())
     finally:

@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 
-from pymicro.shim import state
+from pymicro.shim import freeing, state
 
 GOOD_END = b"\n"
 """What a daemon says on its pipe when nothing is left to be freed. A pipe that closes without is a daemon that died."""
@@ -42,7 +42,7 @@ def free_after(directory: str, daemon: int, start_pid: int) -> None:
     time.sleep(_GRACE)
     recorded = state.read(directory)
     if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
-        tell(str(recorded.get("bundle")), state.free(directory))
+        tell(str(recorded.get("bundle")), freeing.free(directory))
 
 
 def tell(bundle: str, warnings: list[str]) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import suppress
 
-from pymicro.shim import lean, state
+from pymicro.shim import freeing, lean, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
@@ -45,7 +45,7 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     with suppress(FileNotFoundError):
         os.unlink(ANSWER)  # of an earlier pod in this bundle
-    tell(os.getcwd(), state.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
+    tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
     os.makedirs(directory, mode=0o700)
     record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
     state.write(directory, {**record, "start_pid": os.getpid()})

@@ -102,7 +102,7 @@ class Store(Struct, frozen=True):
         return try_lock(str(self.directory / f"{name}.lock"))
 
     def scratch(self, name: str, purpose: str = "") -> Path:
-        """Return where this process makes or removes a template; `state.free` finds it by the pid."""
+        """Return where this process makes or removes a template; `freeing` finds it by the pid."""
         return self.directory / f"{name}{purpose}.{os.getpid()}"
 
     def discard(self, name: str, why: str) -> None:

@@ -1,0 +1,153 @@
+"""Freeing whatever a sandbox has left, from its record: `delete` does it, the guard, and a `start` of the same name.
+
+Imported by `start` and `delete`: only what is small.
+"""
+
+import fcntl
+import os
+import select
+import signal
+import stat
+import time
+from contextlib import suppress
+
+from pymicro.shim import cgroup
+from pymicro.shim.state import read, shim_runs, start_time, write
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_DEATH_LIMIT = 5.0
+"""Seconds that a killed process may take to be gone."""
+_FAREWELL = 1.0
+"""Seconds that a log binary has to end by itself, and again after SIGTERM."""
+_POLL = 0.01
+
+
+def free(run_directory: str, *, keep_socket: bool = False) -> list[str]:
+    """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in, and done by one at a
+    time: who comes second waits, and finds nothing. Returns what is worth a warning.
+
+    Its containers' poststop hooks run, within their time-outs. A new shim of the same name keeps the socket: it has
+    bound the path anew.
+    """
+    import shutil
+
+    lock = _lock(run_directory)
+    if lock < 0:
+        return []
+    try:
+        _end_shim(read(run_directory))
+        state = read(run_directory)  # what it noted last
+        groups = _cgroups(state, "cgroups")
+        cgroup.kill(groups)
+        cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
+        _end_loggers(state)
+        if not keep_socket:
+            _remove_socket(state.get("socket"))
+        for path in _half_made_templates(state):
+            shutil.rmtree(path, ignore_errors=True)
+        warnings = _run_poststop(run_directory, state)
+        shutil.rmtree(run_directory, ignore_errors=True)
+    finally:
+        os.close(lock)
+    return warnings
+
+
+def _lock(run_directory: str) -> int:
+    """Return a descriptor of the directory, locked, or -1 where there is none, or none any more: one that lies there
+    after we have waited for the lock is a new sandbox's.
+    """
+    try:
+        fd = os.open(run_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), os.stat(run_directory)):
+            return fd
+    os.close(fd)
+    return -1
+
+
+def _end_shim(state: "dict[str, Any]") -> None:
+    """Kill the shim that wrote `state` unless it is gone, or ourselves, and wait until it does nothing any more."""
+    if not shim_runs(state) or state["shim_pid"] == os.getpid():
+        return
+    with suppress(OSError):
+        pidfd = os.pidfd_open(state["shim_pid"])
+        try:
+            if shim_runs(state):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], _DEATH_LIMIT)
+        finally:
+            os.close(pidfd)
+
+
+def _end_loggers(state: "dict[str, Any]") -> None:
+    """End the log binaries of a shim that is gone. They see the end of their outputs, and have a second for it."""
+    recorded = state.get("loggers")
+    if not isinstance(recorded, dict):
+        return
+    deadline = time.monotonic() + _FAREWELL
+    for number in (0, signal.SIGTERM, signal.SIGKILL):
+        left = [int(pid) for pid, started in recorded.items() if _is_logger(pid, started)]
+        for pid in left if number else ():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
+        while left and time.monotonic() < deadline:
+            left = [pid for pid in left if _lives(pid)]
+            time.sleep(_POLL if left else 0)
+        deadline += _FAREWELL
+
+
+def _is_logger(pid: str, started: object) -> bool:
+    return pid.isdecimal() and int(pid) > 1 and bool(started) and start_time(int(pid)) == started and _lives(int(pid))
+
+
+def _lives(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except (OSError, IndexError):
+        return False
+
+
+def _run_poststop(run_directory: str, state: "dict[str, Any]") -> list[str]:
+    """Run the poststop hooks that the shim did not come to. Who is killed meanwhile leaves the rest to the next."""
+    owed = state.get("poststop")
+    if not owed or not isinstance(owed, dict):
+        return []
+    from pymicro.shim.hooks import run_owed
+
+    warnings = []
+    while owed:
+        warnings += run_owed(next(iter(owed.values())))
+        owed.pop(next(iter(owed)))
+        with suppress(OSError):
+            write(run_directory, state)
+    return warnings
+
+
+def _cgroups(state: "dict[str, Any]", name: str) -> list[str]:
+    recorded = state.get(name)
+    return [path for path in recorded if cgroup.is_ours(path)] if isinstance(recorded, list) else []
+
+
+def _half_made_templates(state: "dict[str, Any]") -> "list[str]":
+    """Return the directories in which the shim was making a template: they hold a VM's memory, on tmpfs."""
+    directory, pid = state.get("templates"), state.get("shim_pid")
+    if not isinstance(directory, str) or not os.path.isabs(directory) or not isinstance(pid, int):
+        return []
+    with suppress(OSError), os.scandir(directory) as entries:
+        return [each.path for each in entries if each.name.endswith(f".{pid}") and each.is_dir(follow_symlinks=False)]
+    return []
+
+
+def _remove_socket(path: object) -> None:
+    """Remove `path` if it is a socket: never another file, whatever the record says."""
+    with suppress(OSError, ValueError):
+        if isinstance(path, str) and stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
