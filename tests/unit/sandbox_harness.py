@@ -255,7 +255,7 @@ async def pod(
     with no_descriptor_leaks(), pytest.MonkeyPatch.context() as patch:
         pod.host.put_in_place(patch, pod.hypervisor, spec)
         prepare(pod)
-        record, timeline = Record(str(run), sandbox="c1", socket=str(tmp_path / "socket")), Timeline(0)
+        record, timeline = Record(str(run), namespace="ns", sandbox="c1", socket=str(tmp_path / "socket")), Timeline(0)
         plan = ignition.make_plan(Bundle.load(pod.bundle("c1")), settings)
         lit = ignition.ignite(plan, str(run), "c1", record.note, timeline)
         pod.sandbox = Sandbox("c1", lit, record, pod.events, timeline)

@@ -11,12 +11,19 @@ from pymicro.shim.channel import memory
 from pymicro.shim.destination import open_output
 from pymicro.shim.errors import InvalidRequest, StepTimeout, Unsupported
 from pymicro.shim.input import Input
+from pymicro.shim.logbinary import LogOwner
 from pymicro.shim.requests import StdioPaths
+from pymicro.shim.state import Record
 from pymicro.shim.stdio import Stdio
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
 
 SOON = 0.05
+
+
+async def opened(paths: StdioPaths, limit: float) -> Stdio:
+    """Return the streams of a process that no log binary serves."""
+    return await Stdio.open(paths, limit, LogOwner("c1", "ns", Record("/nowhere")))
 
 
 @pytest.fixture(autouse=True)
@@ -173,13 +180,13 @@ async def test_reader_that_opens_late(fifo: Fifo) -> None:
 async def test_second_output_fails_and_the_first_is_closed(tmp_path: Path, fifo: Fifo) -> None:
     fifo.open_reader()
     with pytest.raises(InvalidRequest, match="missing"):
-        await Stdio.open(StdioPaths("", fifo.path, str(tmp_path / "missing"), terminal=False), 1)
+        await opened(StdioPaths("", fifo.path, str(tmp_path / "missing"), terminal=False), 1)
 
 
 @asynchronous
 async def test_cancelled_while_waiting_for_a_reader(tmp_path: Path) -> None:
     stdin, stdout = Fifo(tmp_path / "in"), Fifo(tmp_path / "out")
-    opening = asyncio.create_task(Stdio.open(StdioPaths(stdin.path, stdout.path, "", terminal=False), 5))
+    opening = asyncio.create_task(opened(StdioPaths(stdin.path, stdout.path, "", terminal=False), 5))
     await asyncio.sleep(SOON)
     opening.cancel()
     await asyncio.wait([opening])
@@ -210,7 +217,7 @@ def test_stdin_that_is_no_fifo(tmp_path: Path) -> None:
 
 @asynchronous
 async def test_no_paths_mean_no_streams() -> None:
-    stdio = await Stdio.open(StdioPaths("", "", "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", "", "", terminal=False), 1)
     assert (stdio.stdin, stdio.stdout, stdio.stderr) == (None, None, None)
     await stdio.drain({"stdout": 10, "stderr": 10}, 1)
     await stdio.closed(1)
@@ -222,7 +229,7 @@ async def test_terminal_has_no_stderr(tmp_path: Path, fifo: Fifo) -> None:
     """With a terminal containerd's clients create no reader for stderr: waiting for it would hang the start."""
     fifo.open_reader()
     unread = Fifo(tmp_path / "stderr")
-    stdio = await Stdio.open(StdioPaths("", fifo.path, unread.path, terminal=True), 0.1)
+    stdio = await opened(StdioPaths("", fifo.path, unread.path, terminal=True), 0.1)
     assert stdio.stderr is None
     stdio.close()
 
@@ -233,7 +240,7 @@ async def test_file_uri_appends_for_both_streams(tmp_path: Path) -> None:
     log.parent.mkdir()
     log.write_text("old ")
     uri = f"file://{tmp_path}/new%20directory/log"
-    stdio = await Stdio.open(StdioPaths("", uri, uri, terminal=False), 1)
+    stdio = await opened(StdioPaths("", uri, uri, terminal=False), 1)
     assert stdio.stdout
     assert stdio.stderr
     for output, text in ((stdio.stdout, b"out "), (stdio.stderr, b"err")):
@@ -254,7 +261,7 @@ async def test_file_uri_creates_its_directories(tmp_path: Path) -> None:
     assert (tmp_path / "a/b/log").read_bytes() == b""
 
 
-@pytest.mark.parametrize("uri", ["binary:///usr/bin/logger?k=v", "ttrpc+unix:///x?streaming_id=1", "http://x/"])
+@pytest.mark.parametrize("uri", ["ttrpc+unix:///x?streaming_id=1", "http://x/"])
 @asynchronous
 async def test_other_uris_are_refused_by_name(uri: str) -> None:
     with pytest.raises(Unsupported, match=uri.split(":", maxsplit=1)[0].replace("+", r"\+")):
@@ -279,7 +286,7 @@ async def test_large_output_to_a_file(tmp_path: Path) -> None:
 async def test_drain_returns_once_the_bytes_are_with_the_client(fifo: Fifo) -> None:
     """A background child may hold the stream open for ever; the exit is reported when the counted bytes are out."""
     fifo.open_reader()
-    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     assert stdio.stdout
     guest, host = memory.pair()
     stdio.stdout.start(host)
@@ -300,7 +307,7 @@ async def test_drain_returns_once_the_bytes_are_with_the_client(fifo: Fifo) -> N
 @asynchronous
 async def test_drain_does_not_wait_for_a_client_that_has_gone(fifo: Fifo, ended: bool) -> None:
     fifo.open_reader()
-    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     assert stdio.stdout
     guest, host = memory.pair()
     stdio.stdout.start(host)
@@ -325,7 +332,7 @@ async def test_drain_does_not_wait_for_a_client_that_has_gone(fifo: Fifo, ended:
 @asynchronous
 async def test_drain_gives_up_after_its_limit(fifo: Fifo) -> None:
     fifo.open_reader()
-    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     loop = asyncio.get_running_loop()
     begun = loop.time()
     await stdio.drain({"stdout": 1, "stderr": 0}, 0.05)
@@ -512,7 +519,7 @@ async def test_stream_that_comes_after_stdin_was_closed(fifo: Fifo) -> None:
 async def test_guest_that_dies_before_it_opens_its_stream(fifo: Fifo) -> None:
     """Without this a client would wait for the end of an output that nobody ever writes to."""
     fifo.open_reader()
-    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     stdio.expect_no_streams()
     assert await asyncio.wait_for(fifo.read_to_end(), 1) == b""
     await stdio.closed(1)
@@ -522,7 +529,7 @@ async def test_guest_that_dies_before_it_opens_its_stream(fifo: Fifo) -> None:
 @asynchronous
 async def test_output_that_has_its_stream_when_the_guest_dies_is_delivered(fifo: Fifo) -> None:
     fifo.open_reader()
-    stdio = await Stdio.open(StdioPaths("", fifo.path, "", terminal=False), 1)
+    stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     assert stdio.stdout
     guest, host = memory.pair()
     stdio.stdout.start(host)

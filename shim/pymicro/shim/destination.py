@@ -1,4 +1,4 @@
-"""Where a client wants an output: a FIFO, a file. Opened here, written to by `output`."""
+"""Where a client wants an output: a FIFO, a file. Opened here, written to by `output`. Log binaries: `logbinary`."""
 
 import asyncio
 import errno
@@ -41,7 +41,9 @@ async def open_output(path: str, timeout: float) -> Output | None:
 def _open_uri(uri: str) -> Output:
     parts = urlsplit(uri)
     if parts.scheme != "file":
-        raise Unsupported(f"stdio URI {uri!r}: the scheme {parts.scheme!r} is not supported; use a FIFO or file://")
+        raise Unsupported(
+            f"stdio URI {uri!r}: the scheme {parts.scheme!r} is not supported; use a FIFO, file:// or binary://"
+        )
     path = unquote(parts.path)
     try:
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)

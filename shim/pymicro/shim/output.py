@@ -46,6 +46,11 @@ class Output:
     def __repr__(self) -> str:
         return f"<Output relayed={self.relayed} of {self._total}>"
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be written."""
+        return self._ended.is_set()
+
     def start(self, channel: Channel) -> None:
         """Begin to relay `channel`, which is closed at the end."""
         if self._ended.is_set():

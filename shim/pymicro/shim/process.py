@@ -9,7 +9,9 @@ from typing import Any
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import NotFound, SandboxDied, WrongState
+from pymicro.shim.logbinary import LogOwner
 from pymicro.shim.requests import Exit, StdioPaths
+from pymicro.shim.state import Record
 from pymicro.shim.stdio import Stdio
 from pymicro.shim.streams import Streams
 
@@ -56,10 +58,11 @@ class Process:
         return {"container": self.container_id, "exec": self.exec_id or None}
 
     async def open_stdio(
-        self, streams: Streams, agent: asyncio.Future[AgentClient], timeout: float
+        self, streams: Streams, agent: asyncio.Future[AgentClient], timeout: float, record: Record
     ) -> dict[str, str | None]:
         """Open the client's side and return the tokens for the guest's. Raises as Stdio.open()."""
-        stdio = self._stdio = await Stdio.open(self.paths, timeout)
+        owner = LogOwner(self.exec_id or self.container_id, record.facts["namespace"], record)
+        stdio = self._stdio = await Stdio.open(self.paths, timeout, owner)
 
         def take_stdin(channel: Channel) -> None:
             assert stdio.stdin is not None
@@ -140,11 +143,12 @@ class Process:
         return self.exit
 
     async def close(self, streams: Streams, limit: float) -> None:
-        """Let the outputs end, at most `limit` seconds, then close all stdio. Idempotent."""
+        """Let the outputs end, at most `limit` seconds, then close all stdio and end log binaries. Idempotent."""
         streams.forget(self._tokens.values())
         if (stdio := self._stdio) is not None:
             await stdio.closed(limit)
             stdio.close()
+            await stdio.end_log_binaries()
             self._stdio = None
 
     def require(self, *wanted: Status) -> None:

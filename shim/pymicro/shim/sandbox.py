@@ -90,7 +90,7 @@ class Sandbox:
 
     async def open_stdio(self, process: Process) -> dict[str, str | None]:
         """Open the stdio of `process`; return its stream tokens. Raises as Stdio.open()."""
-        return await process.open_stdio(self.streams, self._agent, self.settings.timeouts.request)
+        return await process.open_stdio(self.streams, self._agent, self.settings.timeouts.request, self._record)
 
     # --- the VM's life
 
