@@ -86,7 +86,7 @@ async def daemon(directory: Path, *, config: str = '[vm]\nstart = "boot"\n') -> 
         patch.setattr(
             rootfs, "remove_tree", lambda path: shutil.rmtree(path) if path == str(run) else pod.host.remove_tree(path)
         )
-        timeline, record = Timeline(0), Record(str(run), sandbox="c1")
+        timeline, record = Timeline(0), Record(str(run), namespace="ns", sandbox="c1")
         prepared = prepare(begun, record, timeline)
         running = asyncio.create_task(serve.serve(begun, prepared, record, timeline, listener))
         try:
