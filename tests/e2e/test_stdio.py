@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -200,6 +201,45 @@ def test_output_goes_to_a_file_that_the_client_names(pod: Pod, tmp_path_factory:
     until(lambda: pod.tasks()[container_id] == "STOPPED")
     pod("tasks", "rm", container_id, check=False)
     assert sorted(log.read_text().splitlines()) == ["err", "out"]
+
+
+def test_a_second_client_takes_over_from_one_that_was_killed(pod: Pod) -> None:
+    container_id = pod.new_id()
+    first = pod.popen("sh", "-c", "while read line; do echo got $line; done", container_id=container_id)
+    assert first.stdin
+    assert first.stdout
+    first.stdin.write(b"one\n")
+    first.stdin.flush()
+    assert first.stdout.readline() == b"got one\n"
+    first.kill()
+    first.wait()
+
+    second = pod.client("tasks", "attach", container_id)
+    assert second.stdin
+    assert second.stdout
+    second.stdin.write(b"two\n")
+    second.stdin.flush()
+    assert second.stdout.readline() == b"got two\n"
+
+    pod("tasks", "kill", "--signal", "SIGKILL", container_id)
+    assert second.wait(30) == 137
+
+
+def test_the_end_of_a_program_does_not_wait_long_for_a_client_that_reads_nothing(pod: Pod) -> None:
+    """`timeouts.drain` for its exit, and Delete gives up after ten seconds."""
+    container_id = pod.new_id()
+    client = pod.popen("sh", "-c", "exec 2>&-; yes", container_id=container_id)
+    until(lambda: pod.tasks().get(container_id) == "RUNNING")
+    client.send_signal(signal.SIGSTOP)
+
+    begun = time.monotonic()
+    pod("tasks", "kill", "--signal", "SIGKILL", container_id)
+    until(lambda: pod.tasks()[container_id] == "STOPPED")
+    assert time.monotonic() - begun < 10
+
+    pod("tasks", "rm", container_id)
+    assert time.monotonic() - begun < 25
+    client.send_signal(signal.SIGCONT)
 
 
 # -- output just before the end ----------------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ def write_archive(archive: Path) -> None:
             _file(tar, f"blobs/{digest.replace(':', '/')}", data)
 
 
+def write_root(directory: Path) -> None:
+    """Unpack the image's root filesystem into `directory`, for a spec that names one."""
+    directory.mkdir()
+    subprocess.run(["tar", "--extract", "--directory", directory], input=_layer(), check=True)
+
+
 def _layer() -> bytes:
     applets = subprocess.run([BUSYBOX, "--list"], capture_output=True, text=True, check=True).stdout.split()
     buffer = io.BytesIO()

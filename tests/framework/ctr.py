@@ -79,7 +79,10 @@ class Ctr:
         self, *command: str, options: Sequence[str] = (), runtime: str | None = None, container_id: str | None = None
     ) -> subprocess.Popen[bytes]:
         """Start `ctr run --rm` with all three streams piped; it is killed after the test if it still runs."""
-        arguments = self.run_arguments(command, ["--rm", *options], runtime, container_id)
+        return self.client(*self.run_arguments(command, ["--rm", *options], runtime, container_id))
+
+    def client(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start `ctr arguments...` with all three streams piped; it is killed after the test if it still runs."""
         client = subprocess.Popen(
             self._argv(*arguments),
             env=self._environment(),

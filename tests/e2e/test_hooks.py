@@ -1,0 +1,155 @@
+"""OCI hooks, as nerdctl and Docker rely on them: each runs once, and one that fails or hangs leaves nothing."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.framework import busybox
+from tests.framework.ctr import Completed, Ctr
+from tests.framework.leftovers import Leftovers
+from tests.framework.sandbox import SHIM, Sandbox, eventually
+
+Hook = dict[str, Any]  # JSON of the runtime-spec
+
+NOTE = """
+state=$(cat)
+pid=$(echo "$state" | sed -n 's/.*"pid": *\\([0-9]*\\).*/\\1/p')
+echo "{kind} $(readlink /proc/${{pid:-self}}/ns/net) $(readlink /proc/self/ns/mnt) $state" >> {file}
+{then}
+"""
+
+
+class Hooked:
+    """Runs containers from specs with hooks, each of which takes a note of itself."""
+
+    def __init__(self, ctr: Ctr, directory: Path) -> None:
+        self.ctr = ctr
+        self.directory = directory
+        self.root = directory / "root"
+        busybox.write_root(self.root)
+
+    def hook(self, kind: str, then: str = "", **more: object) -> Hook:
+        """Return a hook of the host's that takes its note and then does as it is told."""
+        script = NOTE.format(kind=kind, file=self.directory / "notes", then=then)
+        return {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"], **more}
+
+    def run(self, *command: str, hooks: dict[str, list[Hook]], detach: bool = False) -> Completed:
+        """Run a container, `ctr run --rm`, unless it is to be detached."""
+        container_id = self.ctr.new_id()
+        spec = json.loads(self.ctr("oci", "spec").stdout)
+        spec["root"] = {"path": str(self.root)}
+        spec["process"] |= {"args": list(command), "env": ["PATH=/bin"], "terminal": False}
+        spec["linux"]["cgroupsPath"] = f"/{self.ctr.containerd.namespace}/{container_id}"
+        spec["hooks"] = hooks
+        file = self.directory / "spec.json"
+        file.write_text(json.dumps(spec))
+        how = ("--detach", "--null-io") if detach else ("--rm",)
+        return self.ctr("run", *how, "--runtime", self.ctr.runtime, "--config", str(file), container_id, check=False)
+
+    @property
+    def notes(self) -> list[list[str]]:
+        """Kind, network namespace, mount namespace and state of each hook that has run."""
+        file = self.directory / "notes"
+        return [line.split(" ", 3) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def kinds(self) -> list[str]:
+        return [note[0] for note in self.notes]
+
+
+@pytest.fixture
+def hooked(ctr: Ctr) -> Iterator[Hooked]:
+    with TemporaryDirectory(prefix="hooks-") as directory:
+        yield Hooked(ctr, Path(directory))
+
+
+@pytest.mark.every_containerd
+def test_hooks_of_the_host_run_in_order_and_once(hooked: Hooked) -> None:
+    kinds = ("prestart", "createRuntime", "poststart", "poststop")
+
+    done = hooked.run("echo", "hello", hooks={kind: [hooked.hook(kind)] for kind in kinds})
+
+    assert (done.returncode, done.stdout) == (0, "hello\n")
+    assert sorted(hooked.kinds) == sorted(kinds)  # runc runs poststart hooks before createRuntime's end
+    assert hooked.kinds[-1] == "poststop"
+    for kind, network, mounts, text in hooked.notes:
+        state = json.loads(text)
+        assert state["id"] == hooked.ctr.ids[-1]
+        assert mounts == os.readlink("/proc/self/ns/mnt"), "a hook sees the host's mounts"
+        assert (network != os.readlink("/proc/self/ns/net")) == (kind != "poststop"), "the task's pid is in the pod"
+
+
+def test_a_hook_that_fails_is_the_error_and_leaves_nothing(hooked: Hooked, leftovers: Leftovers) -> None:
+    failing = hooked.hook("createRuntime", "echo there is no bridge >&2; exit 5")
+
+    done = hooked.run("true", hooks={"createRuntime": [failing], "poststop": [hooked.hook("poststop")]})
+
+    assert done.returncode != 0
+    assert "createRuntime hook #0" in done.stderr
+    assert "exit status 5" in done.stderr
+    assert "there is no bridge" in done.stderr
+    assert hooked.kinds == ["createRuntime", "poststop"]
+    leftovers.check()
+
+
+def test_a_hook_that_hangs_is_killed_when_its_time_is_over(hooked: Hooked, leftovers: Leftovers) -> None:
+    hanging = hooked.hook("createRuntime", "sleep 6543", timeout=1)
+    begun = time.monotonic()
+
+    done = hooked.run("true", hooks={"createRuntime": [hanging], "poststop": [hooked.hook("poststop")]})
+
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 20
+    assert hooked.kinds == ["createRuntime", "poststop"]
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and command_of(pid) == ["sleep", "6543"]]
+    leftovers.check()
+
+
+def command_of(pid: str) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+    except OSError:
+        return []
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_poststop_hooks_run_once_when_the_shim_is_killed(hooked: Hooked, leftovers: Leftovers) -> None:
+    hooks = {"createRuntime": [hooked.hook("createRuntime")], "poststop": [hooked.hook("poststop")]}
+    done = hooked.run("sleep", "100000", hooks=hooks, detach=True)
+    assert done.returncode == 0, done.stderr
+    container_id = hooked.ctr.ids[-1]
+    assert hooked.kinds == ["createRuntime"]
+
+    Sandbox(hooked.ctr.containerd, container_id).kill(SHIM)
+
+    eventually(lambda: hooked.kinds[1:] == ["poststop"], "the poststop hook runs", 20)
+    leftovers.check()
+    hooked.ctr("containers", "rm", container_id)
+    time.sleep(2)  # the guard has looked too, by now
+    assert hooked.kinds == ["createRuntime", "poststop"]
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_hooks_of_the_container_run_in_the_guest(hooked: Hooked) -> None:
+    script = "uname -r > /kernel"
+    inside = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"]}
+
+    done = hooked.run("cat", "/kernel", hooks={"startContainer": [inside]})
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() not in {"", os.uname().release}
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_hook_that_the_guest_does_not_have_is_named(hooked: Hooked, leftovers: Leftovers) -> None:
+    done = hooked.run("true", hooks={"createContainer": [{"path": "/no/such/hook"}]})
+
+    assert done.returncode != 0
+    assert "/no/such/hook" in done.stderr
+    leftovers.check()
