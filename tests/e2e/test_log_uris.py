@@ -88,7 +88,7 @@ def test_a_log_binary_that_dies_does_not_hold_up_the_container(logger: LogBinary
     begun = time.monotonic()
     removed = logger.ctr("tasks", "rm", container_id, check=False)
     assert time.monotonic() - begun < 10
-    assert removed.returncode == 6, removed.stderr
+    assert "exit code 6" in removed.stderr
     assert logger.file("out") == "1\n"
     assert "while output may still come: that is lost" in logger.ctr.containerd.log_tail(200)
 

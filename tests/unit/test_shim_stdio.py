@@ -269,6 +269,20 @@ async def test_other_uris_are_refused_by_name(uri: str) -> None:
 
 
 @asynchronous
+async def test_a_full_disk_costs_the_output_and_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    output = await open_output("file:///dev/full", 1)
+    assert output
+    guest, host = memory.pair()
+    output.start(host)
+    await asyncio.wait_for(guest.write(bytes(4 << 20)), 3)
+    output.end_at(4 << 20)
+    await asyncio.wait_for(output.closed(), 3)
+    assert output.relayed == 4 << 20
+    assert caplog.text.count("nobody takes it any more: No space left on device") == 1
+    guest.close()
+
+
+@asynchronous
 async def test_large_output_to_a_file(tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     output = await open_output(f"file://{tmp_path}/log", 1)

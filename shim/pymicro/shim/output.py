@@ -149,17 +149,13 @@ class Output:
             logger.warning("an output stream broke after %d bytes: %s", self.relayed, error)
 
     async def _splice(self, channel: Channel) -> int:
-        source, sink = channel.fileno(), self._sink
         while True:
             try:
-                return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
-            except BlockingIOError:
-                # either side may be the one that blocks: first the source, and once it has data, the sink
-                await ready(source, write=False)
-                try:
-                    return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
-                except BlockingIOError:
-                    await ready(sink, write=True)
+                if (moved := await self._splice_once(channel.fileno(), self._sink)) is not None:
+                    return moved
+            except BrokenPipeError as error:
+                self._lose_sink(error)
+                return await self._copy(channel)
             except ConnectionError:
                 return 0
             except OSError as error:
@@ -168,15 +164,42 @@ class Output:
                 self._spliceable = False
                 return await self._copy(channel)
 
+    @staticmethod
+    async def _splice_once(source: int, sink: int) -> int | None:
+        """Move what is there, None if nothing was; then there may be something now."""
+        try:
+            return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+        except BlockingIOError:
+            # either side may be the one that blocks: first the source, and once it has data, the sink
+            await ready(source, write=False)
+        try:
+            return os.splice(source, sink, CHUNK, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+        except BlockingIOError:
+            await ready(sink, write=True)
+        return None
+
     async def _copy(self, channel: Channel) -> int:
         try:
             data = await asyncio.get_running_loop().sock_recv(channel.socket, CHUNK)
         except ConnectionError:
             return 0
+        try:
+            await self._write(data)
+        except OSError as error:
+            self._lose_sink(error)
+        return len(data)
+
+    async def _write(self, data: bytes) -> None:
         view = memoryview(data)
-        while view:
+        while view and self._sink >= 0:
             try:
                 view = view[os.write(self._sink, view) :]
             except BlockingIOError:
                 await ready(self._sink, write=True)
-        return len(data)
+
+    def _lose_sink(self, error: OSError) -> None:
+        """Nobody takes the output any more. It is read all the same, so that the process goes on, and dropped."""
+        logger.warning("an output is lost after %d bytes, nobody takes it any more: %s", self.relayed, error.strerror)
+        os.close(self._sink)
+        self._sink = -1
+        self._spliceable = False
