@@ -37,7 +37,6 @@ def test_10_containers_run_at_the_same_time_and_end_at_the_same_time(ctr: Ctr, l
     leftovers.check()
 
 
-@pytest.mark.kvm
 def test_10_containers_started_at_the_same_time_in_one_vm(pod: Pod) -> None:
     ids = [pod.new_id() for _ in range(10)]
     with ThreadPoolExecutor(10) as pool:

@@ -115,7 +115,6 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(
     leftovers.check()
 
 
-@pytest.mark.kvm
 @pytest.mark.parametrize(("kind", "code"), [(SHIM, 1), ("qemu", KILLED), (ANCHOR, KILLED)])
 def test_ctr_run_returns_when_a_process_is_killed(ctr: Ctr, leftovers: Leftovers, kind: str, code: int) -> None:
     container_id = ctr.new_id()

@@ -267,7 +267,6 @@ def test_a_read_only_root(pod: Pod) -> None:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kvm
 def test_a_memory_limit_holds(pod: Pod) -> None:
     limit = ["--memory-limit", str(32 * MIB)]
 
@@ -291,7 +290,6 @@ def test_a_container_sees_its_own_cgroup_alone(pod: Pod) -> None:
     assert int(done.stdout.split()[-1]) <= 4
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_the_vm_is_as_large_as_the_limits_want(ctr: Ctr) -> None:
     options = ["--memory-limit", str(600 * MIB), "--cpus", "2"]

@@ -109,7 +109,6 @@ def test_check_without_containerd(ctr: Ctr, tmp_path: Path) -> None:
     assert "none.sock" in line or "apt install containerd" in line
 
 
-@pytest.mark.kvm
 def test_ps_lists_a_running_sandbox_and_forgets_it(ctr: Ctr) -> None:
     if ctr.runtime != PYMICRO:
         pytest.skip("runc has no sandboxes")

@@ -42,7 +42,6 @@ def test_a_container_runs_on_the_guests_kernel(ctr: Ctr, artefacts: dict[str, st
     assert release != platform.release()
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_missing_program_is_named_and_leaves_nothing(ctr: Ctr, leftovers: Leftovers) -> None:
     done = ctr.run("nosuch", "argument")
@@ -150,7 +149,6 @@ def test_every_signal_reaches_the_container_by_name_and_number(pod: Pod) -> None
         assert client.stdout.readline() == name + b"\n"
 
 
-@pytest.mark.kvm
 def test_an_id_can_be_used_again_at_once(pod: Pod) -> None:
     container_id = pod.new_id()
 

@@ -89,9 +89,8 @@ def same_outcome(run: Callable[[int], Completed], times: int, at_once: int) -> C
 # -- input -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
-@pytest.mark.parametrize("start", ["boot", "snapshot"])
+@pytest.mark.parametrize("start", [pytest.param("boot", marks=pytest.mark.kvm), "snapshot"])
 def test_input_is_piped_and_ends_when_the_client_says_so(ctr: Ctr, start: str) -> None:
     """`(echo hi; sleep 2) | ctr run ... cat`, also where the start takes longer than the sleep."""
     options = ["--annotation", f"io.pymicro.start={start}"]

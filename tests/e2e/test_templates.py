@@ -61,7 +61,6 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.kvm
 def test_a_damaged_template_costs_one_cold_boot(ctr: Ctr, leftovers: Leftovers, templates: Path) -> None:
     says_well(ctr)
     (name,) = names(templates)

@@ -17,7 +17,6 @@ def size_becomes(terminal: Terminal, rows: int, columns: int) -> bool:
     return f"\n{rows} {columns}\r" in terminal.expect("done2")
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_terminal_has_our_size_and_follows_it(pod: Pod) -> None:
     terminal = pod.terminal("sh", rows=33, columns=101)
