@@ -129,7 +129,7 @@ def find_cloud_hypervisor(settings: Settings) -> str:
         return found
     raise HostMissing(
         f"Cloud Hypervisor is missing: no program {program} (paths.cloud_hypervisor); install the static binary of a"
-        ' release of github.com/cloud-hypervisor/cloud-hypervisor, or set vm.hypervisor = "qemu"'
+        ' release of Cloud Hypervisor, or set vm.hypervisor = "qemu"'
     )
 
 
