@@ -99,7 +99,7 @@ def test_pymicroctl_check_finds_all_ok(ctr: Ctr) -> None:
 def cids() -> list[int]:
     """Return the ports that shims listen at, which are their guests' CIDs."""
     listing = subprocess.run(["ss", "--vsock", "-Hln"], capture_output=True, text=True, check=True).stdout
-    ports = (int(line.split()[3].rpartition(":")[2]) for line in listing.splitlines())
+    ports = (int(line.split()[4].rpartition(":")[2]) for line in listing.splitlines())
     return sorted(port for port in ports if port >= 0x10000)
 
 
