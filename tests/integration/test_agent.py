@@ -191,6 +191,7 @@ def test_input_comes_back_whole(guest: Guest, name: str) -> None:
     echo.close_stdin()
     thread.join()
     assert reader == [data]
+    assert echo.wait() == 0
     guest.call("delete", container=name, exec="e")
 
 
