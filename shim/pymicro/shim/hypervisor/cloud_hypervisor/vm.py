@@ -2,17 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied, StepTimeout
 from pymicro.shim.helper import Helper, LogTail, watched
 from pymicro.shim.hypervisor.base import Device, Template, VmExit
 from pymicro.shim.hypervisor.cloud_hypervisor import requests, snapshot
 from pymicro.shim.hypervisor.cloud_hypervisor.api import Refused
 from pymicro.shim.hypervisor.cloud_hypervisor.backend import SpawnedCloudHypervisor
+from pymicro.shim.hypervisor.driven import DrivenVm
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,12 @@ async def running(spawned: SpawnedCloudHypervisor, timeout: float) -> AsyncItera
         yield vm
 
 
-class CloudHypervisorVm:
+class CloudHypervisorVm(DrivenVm):
     """One Cloud Hypervisor process."""
 
     def __init__(self, process: Helper, spawned: SpawnedCloudHypervisor, timeout: float) -> None:
-        self.pid = process.pid
-        self._process = process
+        super().__init__(process, spawned.vsock.listener if spawned.vsock else None)
         self._api = spawned.api
-        self._vsock = spawned.vsock
         self._memory = spawned.memory
         self._timeout = timeout
         self._turn = asyncio.Lock()
@@ -60,25 +58,6 @@ class CloudHypervisorVm:
         """Plug `device` in. Raises SandboxDied, StepTimeout."""
         await self._call(requests.add_share(device))
 
-    async def accept(self) -> Channel:
-        """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
-        assert self._vsock is not None, "spawned without a vsock"
-        accepting = asyncio.ensure_future(self._vsock.listener.accept())
-        dying = asyncio.ensure_future(self.wait())
-        try:
-            await asyncio.wait((accepting, dying), return_when=asyncio.FIRST_COMPLETED)
-            if accepting.done():
-                return accepting.result()
-            raise SandboxDied(str(dying.result()))
-        finally:
-            accepting.cancel()
-            dying.cancel()
-
-    async def console_says(self, text: str) -> None:
-        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
-        if not await self._process.logs[0].says(text):
-            raise SandboxDied(str(await self.wait()))
-
     async def save(self, state: Path) -> None:
         """Stop the VM and write its state to `state`, its RAM to the file that it was spawned with. Raises SandboxDied,
         StepTimeout.
@@ -94,15 +73,6 @@ class CloudHypervisorVm:
         """Return when the VMM is gone."""
         status = await self._process.wait()
         return VmExit(self._process.name, 0 if self._guest_ended else status, self._last_words)
-
-    @property
-    def _last_words(self) -> Sequence[str]:
-        """What the VMM itself said, without the guest's console."""
-        return self._process.logs[1].lines[-10:]
-
-    def console(self) -> Sequence[str]:
-        """Return the last lines of the guest's console."""
-        return self._process.logs[0].lines
 
     async def _call(self, request: requests.Request) -> None:
         """Carry out `request`; the pod's other business goes on meanwhile."""

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pymicro.shim.errors import HostMissing, SandboxDied, StepTimeout
+from pymicro.shim.errors import HostMissing, SandboxDied
 from pymicro.shim.hypervisor.cloud_hypervisor import requests
 from pymicro.shim.hypervisor.cloud_hypervisor.api import Api, Refused
-from pymicro.shim.hypervisor.ending import ended
+from pymicro.shim.hypervisor.ending import step
 from pymicro.shim.spawn import Child
 
 OLDEST = (52,)
@@ -54,18 +54,10 @@ class Waking:
         """Return the answer to `request`, JSON of any kind; whatever goes wrong names it."""
         name = request[0]
         try:
-            return self._api.answer(request) if sent else self._api.call(request)
+            with step("Cloud Hypervisor", self._child, name, self._timeout):
+                return self._api.answer(request) if sent else self._api.call(request)
         except Refused as error:
             raise SandboxDied(f"Cloud Hypervisor refused {name}: {error}") from error
-        except TimeoutError as error:
-            raise StepTimeout(
-                f"Cloud Hypervisor did not answer {name} in {self._timeout:g} s (timeouts.vmm);"
-                f" its last lines: {self._child.last_words()}"
-            ) from error
-        except (EOFError, OSError, ValueError) as error:
-            self._child.check()
-            dead = ended(self._child, self._timeout)
-            raise SandboxDied(f"{dead or 'Cloud Hypervisor hangs'} (at {name})") from error
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import SandboxDied, StepTimeout, Unsupported
 from pymicro.shim.helper import Helper, watched
 from pymicro.shim.hypervisor.base import Device, VmExit
+from pymicro.shim.hypervisor.driven import DrivenVm
 from pymicro.shim.hypervisor.qemu import cmdline, commands
 from pymicro.shim.hypervisor.qemu.backend import SpawnedQemu
 from pymicro.shim.hypervisor.qemu.vsock import VsockBackend
@@ -40,14 +40,12 @@ async def running(spawned: SpawnedQemu, timeout: float) -> AsyncIterator["QemuVm
         yield vm
 
 
-class QemuVm:
+class QemuVm(DrivenVm):
     """One QEMU process and the helpers that its devices need."""
 
     def __init__(self, process: Helper, helpers: Sequence[Helper], vsock: VsockBackend | None, timeout: float) -> None:
-        self.pid = process.pid
-        self._process = process
+        super().__init__(process, vsock.listener if vsock else None)
         self._helpers = helpers
-        self._vsock = vsock
         self._timeout = timeout
         self._qmp = QMPClient("pymicro")
         self._free_ports = [*range(cmdline.ROOT_PORTS - 1, 0, -1)]  # the first is the vsock's
@@ -84,25 +82,6 @@ class QemuVm:
         properties = {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": device.tag}
         await self._execute(*commands.add_device(port, properties))
 
-    async def accept(self) -> Channel:
-        """Return the next connection that the guest opens. Raises SandboxDied when the VM ends first."""
-        assert self._vsock is not None, "spawned without a vsock"
-        accepting = asyncio.ensure_future(self._vsock.listener.accept())
-        dying = asyncio.ensure_future(self.wait())
-        try:
-            await asyncio.wait((accepting, dying), return_when=asyncio.FIRST_COMPLETED)
-            if accepting.done():
-                return accepting.result()
-            raise SandboxDied(str(dying.result()))
-        finally:
-            accepting.cancel()
-            dying.cancel()
-
-    async def console_says(self, text: str) -> None:
-        """Wait until the guest's console has shown `text`. Raises SandboxDied."""
-        if not await self._process.logs[0].says(text):
-            raise SandboxDied(str(await self.wait()))
-
     async def save(self, state: Path) -> None:
         """Stop the VM and write the state of its devices; its RAM stays in its file. Raises SandboxDied,
         StepTimeout.
@@ -132,15 +111,6 @@ class QemuVm:
         process = waits[ended]
         words = self._last_words if process is self._process else process.last_lines[-10:]
         return VmExit(process.name, ended.result(), words)
-
-    @property
-    def _last_words(self) -> Sequence[str]:
-        """What QEMU itself said, without the guest's console."""
-        return self._process.logs[1].lines[-10:]
-
-    def console(self) -> Sequence[str]:
-        """Return the last lines of the guest's console."""
-        return self._process.logs[0].lines
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> None:  # JSON of any kind
         await self._step(command, self._qmp.execute(command, arguments))

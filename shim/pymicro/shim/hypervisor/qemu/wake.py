@@ -8,7 +8,7 @@ from typing import Any
 
 from pymicro.shim.errors import SandboxDied, StepTimeout
 from pymicro.shim.hypervisor.base import Origin, Template
-from pymicro.shim.hypervisor.ending import ended
+from pymicro.shim.hypervisor.ending import ended, step
 from pymicro.shim.hypervisor.qemu import commands
 from pymicro.shim.hypervisor.qemu.memory import Filling
 from pymicro.shim.hypervisor.qemu.monitor import Monitor, Refused
@@ -85,17 +85,9 @@ class Waking:
     def _step(self, what: str) -> Iterator[None]:
         """Name the step `what` in whatever goes wrong with it."""
         try:
-            yield
+            with step("QEMU", self._qemu, what, self._timeout):
+                yield
         except Refused as error:
             why = f"QEMU refused {what}: {error}"
             dead = ended(self._vsock.child, _SAME_MOMENT) if self._vsock and self._vsock.child else None
             raise SandboxDied(f"{dead} ({why})" if dead else why) from error
-        except TimeoutError as error:
-            raise StepTimeout(
-                f"QEMU did not answer {what} in {self._timeout:g} s (timeouts.vmm);"
-                f" its last lines: {self._qemu.last_words()}"
-            ) from error
-        except (EOFError, OSError, ValueError) as error:
-            self._qemu.check()
-            dead = ended(self._qemu, self._timeout)
-            raise SandboxDied(f"{dead or 'QEMU hangs'} (at {what})") from error
