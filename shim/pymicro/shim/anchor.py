@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 
-from pymicro.shim import cgroup, syscalls
+from pymicro.shim import cgroup, forked, syscalls
 from pymicro.shim.errors import ShimError
 from pymicro.shim.spawn import Place
 
@@ -73,9 +73,7 @@ def start(root: str, place: Place, on_death: Callable[[], None]) -> Anchor:
 def _become_anchor(root: str, place: Place, parent: int, ready: int) -> None:
     """Runs in the child and never returns: not one line of the shim's own logic may run here."""
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        forked.reset_signals()
         syscalls.set_parent_death_signal(signal.SIGKILL)
         syscalls.set_name(NAME)
         program = syscalls.memory_program(NAME, pause_program())

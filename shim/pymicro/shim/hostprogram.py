@@ -11,7 +11,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from pymicro.shim import syscalls
+from pymicro.shim import forked, syscalls
 
 _OUT_OF_THE_WAY = 64
 """Where descriptors wait while the program's own, from 0 on, are put in their places."""
@@ -114,14 +114,10 @@ def _become(
 ) -> None:
     """Runs in the child and never returns: not one line of the shim's own logic may run here."""
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
+        forked.reset_signals()
         os.setsid()
         if parent:
-            syscalls.set_parent_death_signal(signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
+            forked.die_with(parent)
         if namespace >= 0:
             syscalls.setns(namespace, syscalls.CLONE_NEWNS)
         os.chdir("/")

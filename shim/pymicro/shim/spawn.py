@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from msgspec import Struct
-from pymicro.shim import cgroup, syscalls
+from pymicro.shim import cgroup, forked, syscalls
 from pymicro.shim.errors import HostMissing
 
 LONGEST_LINE = 500
@@ -130,12 +130,8 @@ def _become(
     """Runs in the child and never returns: not one line of the shim's own logic may run here."""
     out, err, failure = pipes
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        syscalls.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        forked.reset_signals()
+        forked.die_with(parent)
         cgroup.join(place.cgroups)
         if not huge_pages:
             syscalls.disable_huge_pages()
