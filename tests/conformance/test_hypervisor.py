@@ -160,7 +160,7 @@ def test_guest_that_ends_by_itself_is_the_end_of_the_vm(vmm: Vmm, place: Place, 
             channel, _ = await hello(vm)
             channel.close()
             ended = await vm.wait()
-            assert ended.status == 0
+            assert (ended.status, ended.reason) == (0, "guest-reset")
             assert any("Kernel panic" in line for line in vm.console())
 
     run(test())

@@ -41,20 +41,21 @@ class AgentClient:
         self._timeout = timeout
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_id = 0
-        self._ended: SandboxDied | None = None
+        self.ended: SandboxDied | None = None
+        """Why the connection has ended, once it has."""
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._reader = asyncio.create_task(self._read(), name="agent-reader")
 
     def __repr__(self) -> str:
-        return f"<AgentClient pending={len(self._pending)} {'ended' if self._ended else 'connected'}>"
+        return f"<AgentClient pending={len(self._pending)} {'ended' if self.ended else 'connected'}>"
 
     async def call(self, method: str, params: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
         """Return the agent's result for `method` (wire.messages gives the shapes).
 
         Raises SandboxDied when the connection ends, StepTimeout, or what the agent's error kind stands for.
         """
-        if self._ended:
-            raise self._ended
+        if self.ended:
+            raise self.ended
         self._last_id += 1
         call_id = self._last_id
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -91,10 +92,10 @@ class AgentClient:
             logger.exception("a message of the guest's agent makes no sense")
             reason = f"the guest's agent sent what makes no sense: {type(error).__name__}: {error}"
         finally:
-            self._ended = SandboxDied(reason)
+            self.ended = SandboxDied(reason)
             for future in self._pending.values():
                 if not future.done():
-                    future.set_exception(self._ended)
+                    future.set_exception(self.ended)
             writer.cancel()  # before the close: a write that waits for room would never hear of it
             await asyncio.wait([writer])
             self._channel.close()

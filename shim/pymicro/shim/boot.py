@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 _GREETING_LIMIT = 5.0
 """Seconds in which a connection from the guest must say what it is."""
-_SAME_MOMENT = 0.2
-"""Seconds in which processes that end because of each other are reaped."""
+_SAME_MOMENT = 1.0
+"""Seconds in which processes that end because of each other are reaped, on a host with other things to do."""
 
 
 class Booted(Struct, frozen=True):

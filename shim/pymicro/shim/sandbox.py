@@ -27,7 +27,9 @@ from pymicro.shim.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-_AUTOPSY = 1.0
+_VM_ENDS = 1.0
+"""Seconds in which a VM ends whose agent's connection has broken because of that."""
+_AUTOPSY = 3.0
 """Seconds that an error waits for the cause of the VM's death."""
 
 
@@ -143,10 +145,11 @@ class Sandbox:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not waits[0].done():  # a dead VM breaks the agent's connection too, and its last words say more
-                await asyncio.wait(waits[:1], timeout=0.2)
+                await asyncio.wait(waits[:1], timeout=_VM_ENDS)
             if waits[0].done():
                 return SandboxDied(str(waits[0].result()))
-            return SandboxDied(f"the guest's agent ended; the console's last lines: {booted.vm.console()[-5:]}")
+            last_said = " | ".join(booted.vm.console()[-5:]) or "none"
+            return SandboxDied(f"{agent.ended}, but its VM goes on; the console's last lines: {last_said}")
         finally:
             for wait in waits:
                 wait.cancel()

@@ -58,16 +58,20 @@ Device = Share
 
 
 class VmExit(Struct, frozen=True):
-    """Why a VM is gone: which process ended first, how, and the last lines it (or the console) wrote."""
+    """Why a VM is gone: which process ended first, how, the last lines it (or the console) wrote, and what the VMM
+    itself calls the reason.
+    """
 
     process: str
     status: int
     last_lines: Sequence[str]
+    reason: str = ""
 
     def __str__(self) -> str:
         tail = "; its last lines: " + " | ".join(self.last_lines) if self.last_lines else ""
         how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
-        return f"{self.process} ended with {how}{tail}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.process} ended with {how}{reason}{tail}"
 
 
 class Vm(Protocol):

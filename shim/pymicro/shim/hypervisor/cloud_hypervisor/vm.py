@@ -72,7 +72,9 @@ class CloudHypervisorVm(DrivenVm):
     async def wait(self) -> VmExit:
         """Return when the VMM is gone."""
         status = await self._process.wait()
-        return VmExit(self._process.name, 0 if self._guest_ended else status, self._last_words)
+        if self._guest_ended:
+            return VmExit(self._process.name, 0, self._last_words, "guest-reset")
+        return VmExit(self._process.name, status, self._last_words)
 
     async def _call(self, request: requests.Request) -> None:
         """Carry out `request`; the pod's other business goes on meanwhile."""

@@ -16,14 +16,14 @@ from pymicro.shim.hypervisor.driven import DrivenVm
 from pymicro.shim.hypervisor.qemu import cmdline, commands
 from pymicro.shim.hypervisor.qemu.backend import SpawnedQemu
 from pymicro.shim.hypervisor.qemu.vsock import VsockBackend
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 
 logger = logging.getLogger(__name__)
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, with our context
 
 _POLL = 0.002
 _SAME_MOMENT = 0.2
-"""Seconds in which a process that has ended is reaped."""
+"""Seconds in which a process that has ended is reaped, and what it said last is heard."""
 
 
 @asynccontextmanager
@@ -48,6 +48,8 @@ class QemuVm(DrivenVm):
         self._helpers = helpers
         self._timeout = timeout
         self._qmp = QMPClient("pymicro")
+        self._shutdown = EventListener(names=("SHUTDOWN",))
+        self._qmp.register_listener(self._shutdown)
         self._free_ports = [*range(cmdline.ROOT_PORTS - 1, 0, -1)]  # the first is the vsock's
 
     def __repr__(self) -> str:
@@ -109,8 +111,20 @@ class QemuVm(DrivenVm):
                 wait.cancel()
         ended = next(iter(done))
         process = waits[ended]
-        words = self._last_words if process is self._process else process.last_lines[-10:]
-        return VmExit(process.name, ended.result(), words)
+        status = ended.result()
+        if process is not self._process:
+            return VmExit(process.name, status, process.last_lines[-10:])
+        return VmExit(process.name, status, self._last_words, "" if status else await self._shutdown_reason())
+
+    async def _shutdown_reason(self) -> str:
+        """Return why QEMU has ended by itself: with -no-reboot, "guest-reset" is also a kernel's panic or triple fault
+        (ShutdownCause in QEMU's qapi/run-state.json).
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SAME_MOMENT):
+                event = await self._shutdown.get()
+                return str(event["data"].get("reason", ""))
+        return ""
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> None:  # JSON of any kind
         await self._step(command, self._qmp.execute(command, arguments))
