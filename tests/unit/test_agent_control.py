@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pymicro.agent import handlers
 from pymicro.agent.control import Control
+from pymicro.agent.devices import Ports
 from pymicro.agent.errors import NotFound
 from pymicro.agent.handlers import Agent
 from pymicro.agent.reaper import Reaper
@@ -25,8 +26,8 @@ class Host:
         self.socket, guest = socket.socketpair()
         self.socket.settimeout(10)
         self._guest = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, guest.detach())
-        self.control = Control(self._guest)
-        self.agent = Agent(self.control, Reaper())
+        self.control = Control(self._guest, 3)
+        self.agent = Agent(self.control, Reaper(), Ports())
         self.thread = threading.Thread(target=self.control.serve, args=(self.agent,), daemon=True)
         self.thread.start()
 

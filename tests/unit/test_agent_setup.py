@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 import pytest
-from pymicro.agent import devices, handlers, mounts
+from pymicro.agent import handlers, mounts
+from pymicro.agent.devices import Ports
 
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # linux/random.h
 SEED = bytes(range(64))
@@ -18,6 +19,7 @@ class Control:
 
 class Agent:
     control = Control()
+    ports = Ports()
 
 
 @pytest.fixture
@@ -60,6 +62,6 @@ def test_a_share_that_is_not_there_yet_is_looked_for_again(
 ) -> None:
     found = iter((False, False, True))
     monkeypatch.setattr(mounts, "mount_share", lambda: next(found))
-    monkeypatch.setattr(devices, "look_again", lambda: calls.append(("scan",)))
+    monkeypatch.setattr(Agent.ports, "look_again", lambda: calls.append(("scan",)))
     handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as above
     assert calls.count(("scan",)) == 2

@@ -6,6 +6,7 @@ BOOT_MS = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000  # before the 
 
 from pymicro.agent import boot, control, vsock  # noqa: E402
 from pymicro.agent.concurrency import log  # noqa: E402
+from pymicro.agent.devices import Ports  # noqa: E402
 from pymicro.agent.errors import summary  # noqa: E402
 from pymicro.agent.handlers import Agent  # noqa: E402
 from pymicro.agent.reaper import Reaper  # noqa: E402
@@ -18,9 +19,10 @@ def main() -> None:
         reaper = Reaper()
         reaper.start()
         # A VM is snapshotted while it waits in here: nothing of one pod may be known before.
-        connection = control.Control(vsock.dial_when_there(lambda: boot.warm_up(reaper)))
+        ports = Ports()
+        connection = control.Control(*vsock.dial_when_there(ports, lambda: boot.warm_up(reaper, ports)))
         connection.say_hello(BOOT_MS)
-        connection.serve(Agent(connection, reaper))
+        connection.serve(Agent(connection, reaper, ports))
         log("the host hung up")
     except Exception as error:  # noqa: BLE001  # the last place that can say why
         log(f"the agent ends: {summary(error)}")

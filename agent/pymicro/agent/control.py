@@ -30,8 +30,10 @@ def uptime_ms() -> int:
 class Control:
     """The control connection. Any thread may send; one thread, in `serve`, receives."""
 
-    def __init__(self, connection: _socket.socket) -> None:
+    def __init__(self, connection: _socket.socket, cid: int) -> None:
+        """Take a connection to the host, which listens for streams at the port `cid`."""
         self._connection = connection
+        self._cid = cid
         self._write_lock = allocate_lock()
         self.hello_ns = 0
         """When the hello was said, CLOCK_MONOTONIC: the host says what time it was then."""
@@ -57,7 +59,7 @@ class Control:
     def dial_stream(self, token: str) -> _socket.socket:
         """Return a stream connection that has said its token. Raises OSError."""
         for _ in range(DIAL_ATTEMPTS):
-            connection = vsock.dial()
+            connection = vsock.dial(self._cid)
             if connection:
                 connection.sendall(frames.encode({"hello": "stream", "token": token}))
                 return connection

@@ -6,7 +6,7 @@ from _struct import pack
 from _thread import allocate_lock
 from fcntl import ioctl
 
-from pymicro.agent import devices, mounts
+from pymicro.agent import mounts
 from pymicro.agent.container import Container
 from pymicro.agent.errors import AlreadyExists, Invalid, NotFound, WrongState
 from pymicro.wire.messages import SHARE_TAG
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pymicro.agent.control import Control
+    from pymicro.agent.devices import Ports
     from pymicro.agent.reaper import Reaper
 
     Params = dict[str, Any]
@@ -32,9 +33,10 @@ SHARE_LIMIT = 10.0
 class Agent:
     """What the handlers share."""
 
-    def __init__(self, control: "Control", reaper: "Reaper") -> None:
+    def __init__(self, control: "Control", reaper: "Reaper", ports: "Ports") -> None:
         self.control = control
         self.reaper = reaper
+        self.ports = ports
         self.containers: dict[str, Container] = {}
         self.lock = allocate_lock()
 
@@ -57,7 +59,7 @@ def setup(agent: Agent, params: "Params") -> "Result":
     while not mounts.mount_share():
         if time.monotonic() > deadline:
             raise NotFound(f"no virtio-fs device with the tag {SHARE_TAG!r} appeared in {SHARE_LIMIT:g} s")
-        devices.look_again()
+        agent.ports.look_again()
     return {}
 
 

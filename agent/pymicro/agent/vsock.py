@@ -5,13 +5,15 @@ import posix
 from _struct import pack, unpack
 from fcntl import ioctl
 
-from pymicro.agent import devices
 from pymicro.wire.messages import HOST_CID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pymicro.agent.devices import Ports
+
+DEVICE = "/dev/vsock"
 IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
 NO_CID = 0xFFFFFFFF
 """VMADDR_CID_ANY: what the kernel answers while there is no vsock device."""
@@ -21,20 +23,8 @@ MAX_SEND = 28 << 10
 bytes over several descriptors; vhost-device-vsock (0.3.0 at least) drops such a packet without a word."""
 
 
-def local_cid() -> int:
-    """Return this VM's context id, or NO_CID. Raises OSError."""
-    fd = posix.open("/dev/vsock", posix.O_RDONLY | posix.O_CLOEXEC)
-    try:
-        return int(unpack("I", ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, pack("I", NO_CID)))[0])
-    finally:
-        posix.close(fd)
-
-
-def dial() -> "_socket.socket | None":
-    """Return a connection to the host's port of our own CID; None as long as there is no device or no listener."""
-    cid = local_cid()
-    if cid == NO_CID:
-        return None
+def dial(cid: int) -> "_socket.socket | None":
+    """Return a connection to the host's port `cid`, which is this VM's context id; None if nobody listens there."""
     connection = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         connection.connect((HOST_CID, cid))
@@ -44,18 +34,29 @@ def dial() -> "_socket.socket | None":
     return connection
 
 
-def dial_when_there(meanwhile: "Callable[[], None]") -> _socket.socket:
-    """Return a connection to the host as soon as the vsock device is there, however long that takes.
+def dial_when_there(ports: "Ports", meanwhile: "Callable[[], None]") -> "tuple[_socket.socket, int]":
+    """Return a connection to the host as soon as the vsock device is there, however long that takes, and this VM's
+    context id.
 
     `meanwhile` is called once if it takes any time at all.
     """
-    connection = dial()
-    if connection is None:
-        meanwhile()
-    while connection is None:
-        devices.look_again()
-        connection = dial()
-    return connection
+    device = posix.open(DEVICE, posix.O_RDONLY | posix.O_CLOEXEC)
+    waited = False
+    try:
+        while True:
+            cid = _local_cid(device)
+            if cid != NO_CID and (connection := dial(cid)):
+                return connection, cid
+            if not waited:
+                meanwhile()
+                waited = True
+            ports.look_again()
+    finally:
+        posix.close(device)
+
+
+def _local_cid(device: int) -> int:
+    return int(unpack("I", ioctl(device, IOCTL_VM_SOCKETS_GET_LOCAL_CID, pack("I", NO_CID)))[0])
 
 
 def send_all(connection: _socket.socket, data: bytes) -> None:

@@ -122,8 +122,8 @@ class QemuVm(DrivenVm):
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(_SAME_MOMENT):
-                event = await self._shutdown.get()
-                return str(event["data"].get("reason", ""))
+                said: dict[str, Any] = dict(await self._shutdown.get())  # an event of QMP: JSON of any kind
+                return str(said["data"].get("reason", ""))
         return ""
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> None:  # JSON of any kind
