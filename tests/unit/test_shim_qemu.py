@@ -115,10 +115,12 @@ def test_clock_arguments_are_for_emulation_alone() -> None:
     """Under TCG there is nothing to calibrate against, under KVM the host tells."""
     emulated = value(words(TCG), "-append").split()
     assert "tsc_early_khz=2600000" in emulated
+    assert "init_on_alloc=1" in emulated
     assert any(word.startswith("lpj=") for word in emulated)
     assert "no_timer_check" in emulated
     real = value(words(KVM), "-append")
     assert "tsc_early_khz" not in real
+    assert "init_on_alloc" not in real
     assert "lpj=" not in real
 
 

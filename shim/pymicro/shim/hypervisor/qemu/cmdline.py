@@ -12,7 +12,10 @@ ROOT_PORTS = 6
 
 # 1. tsc_early_khz and lpj: under TCG the machine has no timer to calibrate against; without them the kernel hangs.
 # 2. no_timer_check: there is no i8254 to check.
-TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check"
+# 3. init_on_alloc: virtiofsd writes into the guest's memory behind QEMU's back. Code that was translated from a page
+#    which is free by now would be run instead of the program that virtiofsd then reads into it, since QEMU 8 at any
+#    address; the guest's own zeroing of the page lets QEMU know.
+TCG_ARGUMENTS = "tsc_early_khz={tsc_khz} lpj=5000000 no_timer_check init_on_alloc=1"
 # Rewriting the kernel's lock prefixes for a single CPU takes 0.14 s under TCG and gains nothing there.
 TCG_UNIPROCESSOR = "noreplace-smp"
 
