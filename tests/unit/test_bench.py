@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,15 @@ def test_a_floor_that_fails_says_why() -> None:
     assert "no VM today" in _in_child(fail)["error"]
 
 
-def test_an_interrupted_floor_cleans_up_before_the_bench_goes_on(tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell has started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_floor_cleans_up_before_the_bench_goes_on(tmp_path: Path, interruptible: None) -> None:
     def work() -> dict[str, object]:
         (tmp_path / "begun").touch()
         try:
