@@ -30,7 +30,10 @@ pytestmark = pytest.mark.kvm
 def test_a_pod_goes_on_from_a_template_of_this_qemu_and_loses_no_output(ctr: Ctr, leftovers: Leftovers) -> None:
     log, container_id = ShimLog(ctr.containerd), ctr.new_id()
 
-    done = ctr.run("sh", "-c", "seq 1 10000; exit 7", container_id=container_id)
+    done = ctr.run(
+        "sh", "-c", "seq 1 10000; exit 7",
+        options=["--annotation", "io.pymicro.start=snapshot"], container_id=container_id,
+    )  # fmt: skip
 
     everything = "".join(f"{number}\n" for number in range(1, 10001))
     assert (done.returncode, done.stdout, done.stderr) == (7, everything, "")
