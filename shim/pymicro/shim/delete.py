@@ -14,6 +14,7 @@ from contextlib import suppress
 from pymicro.shim import freeing, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import sandbox_of
+from pymicro.shim.protowire import field
 
 KILLED = 137
 ANSWER = "freed"
@@ -22,24 +23,12 @@ _PATIENCE = 3.0
 """Seconds that containerd's client waits for poststop hooks of a shim that was killed."""
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
     """Return a containerd.task.v2.DeleteResponse as bytes: pid = 1, exit_status = 2, exited_at = 3 (seconds = 1,
     nanos = 2).
-
-    Written out by hand because importing protobuf would take longer than everything else that `delete` does.
     """
-    moment = b"\x08" + _varint(at_ns // 10**9) + b"\x10" + _varint(at_ns % 10**9)
-    fields = b"\x10" + _varint(status) + b"\x1a" + _varint(len(moment)) + moment
-    return (b"\x08" + _varint(pid) if pid else b"") + fields
+    moment = field(1, at_ns // 10**9) + field(2, at_ns % 10**9)
+    return field(1, pid) + field(2, status) + field(3, moment)
 
 
 def delete(arguments: Arguments) -> None:
