@@ -17,6 +17,7 @@ from pymicro.protos import task_pb2, types_pb2
 from pymicro.shim import cgroup, rootfs, serve, sockets, state
 from pymicro.shim.daemon import Start, prepare
 from pymicro.shim.hypervisor.fake import FakeGuest
+from pymicro.shim.protocol import TTRPC
 from pymicro.shim.service import SERVICES
 from pymicro.shim.state import Record
 from pymicro.shim.timeline import Timeline
@@ -68,7 +69,9 @@ def logging_as_before() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def daemon(directory: Path, *, config: str = BOOT, shim_cgroup: str = "") -> AsyncIterator[Daemon]:
+async def daemon(
+    directory: Path, *, config: str = BOOT, shim_cgroup: str = "", spoken: str = TTRPC
+) -> AsyncIterator[Daemon]:
     (directory / "config.toml").write_text(config)
     containerd = Containerd(directory)
     await containerd.start()
@@ -82,6 +85,8 @@ async def daemon(directory: Path, *, config: str = BOOT, shim_cgroup: str = "") 
         bundle=pod.bundle("c1"),
         directory=str(run),
         socket_path=path,
+        protocol=spoken,
+        warning="",
         ttrpc_address=containerd.address,
         config_path=str(directory / "config.toml"),
         config_body=b"",

@@ -19,7 +19,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymicro.protos import bootstrap_pb2, runtimeoptions_pb2, task_pb2
-from pymicro.shim import delete, grouping, sockets, start, state
+from pymicro.shim import bootstrap, delete, grouping, protocol, sockets, start, state
 
 HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
 HEAVY |= {"qemu", "subprocess", "tempfile", "typing"}
@@ -383,6 +383,90 @@ def test_delete_ends_a_shim_that_hangs(host: Host) -> None:
     finally:
         shim.kill()
         shim.wait()
+
+
+# --- gRPC, where it is asked for
+
+GRPC = '[shim]\nprotocol = "grpc"\n'
+
+
+def containerd(directory: Path, says: str) -> str:
+    """Make a program that says what containerd says of itself; return its path."""
+    program = directory / "containerd"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def of_version(directory: Path, version: str) -> str:
+    return containerd(directory, f'[ "$*" = -v ] && echo containerd github.com/containerd/containerd {version} abcdef')
+
+
+@pytest.mark.parametrize("version", ["1.7.24~ds1", "v1.7.29"])
+def test_containerd_1_7_gets_grpc_and_a_bare_path(host: Host, tmp_path: Path, version: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=of_version(tmp_path, version))
+    assert (result.returncode, result.stderr) == (0, b"")
+    expected = {"version": 2, "address": host.socket_path("c1"), "protocol": "grpc"}
+    assert json.loads(result.stdout) == expected
+    assert json.loads((host.bundle / "address").read_text()) == expected, "what it reads when it restarts"
+    assert state.read(str(host.run / "c1"))["protocol"] == "grpc"
+
+
+@pytest.mark.parametrize("version", ["1.6.20", "v2.1.9", "2.3.1", "10.7"])
+def test_other_containerds_get_ttrpc(host: Host, tmp_path: Path, version: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=of_version(tmp_path, version))
+    assert (result.stdout, result.stderr) == (f"unix://{host.socket_path('c1')}".encode(), b"")
+    assert state.read(str(host.run / "c1"))["protocol"] == "ttrpc"
+
+
+@pytest.mark.parametrize("says", ["exit 1", "echo", "echo hello world", "printf '\\377 \\377 \\377'", "exec sleep 60"])
+def test_containerd_that_does_not_tell_its_version_gets_ttrpc(host: Host, tmp_path: Path, says: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=containerd(tmp_path, says))
+    assert (result.stdout, result.stderr) == (f"unix://{host.socket_path('c1')}".encode(), b"")
+
+
+def test_containerd_2_3_gets_ttrpc_without_being_asked_for_its_version(host: Host, tmp_path: Path) -> None:
+    program = containerd(tmp_path, f": > {tmp_path}/asked")
+    result = host.execute("start", settings=GRPC, containerd=program, stdin=params("c1", containerd_version="2.3.1"))
+    assert bootstrap_pb2.BootstrapResult.FromString(result.stdout).protocol == "ttrpc"
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_container_of_a_pod_gets_what_the_pods_shim_speaks(host: Host, listening: str) -> None:
+    """Whatever the settings say by now."""
+    (host.run / "pod").mkdir(parents=True)
+    state.write(str(host.run / "pod"), {"protocol": "grpc"})
+    host.annotations({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"})
+    result = host.execute("start", "c2")
+    assert json.loads(result.stdout) == {"version": 2, "address": listening, "protocol": "grpc"}
+    assert result.stdout == (host.bundle / "address").read_bytes()
+
+
+@pytest.mark.parametrize("settings", ['[shim]\nprotocol = "grcp"', "[shim", '[shim]\nprotocl = "grpc"'])
+def test_settings_that_make_no_sense_are_the_daemons_to_report(host: Host, tmp_path: Path, settings: str) -> None:
+    result = host.execute("start", settings=settings, containerd=of_version(tmp_path, "1.7.24"))
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == f"unix://{host.socket_path('c1')}".encode()
+
+
+@pytest.mark.parametrize("settings", ['[shim]\nprotocol = "gr\\u0070c"', '[shim]\n"\\u0070rotocol" = "grpc"', GRPC])
+def test_grpc_may_be_written_in_every_way_that_toml_has(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text(settings)
+    said = bootstrap.parse(b"", "c1", "ns")
+    said.options.config_path = str(tmp_path / "settings")
+    assert protocol.choose(said, of_version(tmp_path, "1.7.24")).protocol == "grpc"
+
+
+def test_grpc_in_the_runtime_options(tmp_path: Path) -> None:
+    said = bootstrap.parse(b"", "c1", "ns")
+    said.options.config_body = GRPC.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYMICRO_CONFIG", "/dev/null")
+        assert protocol.choose(said, of_version(tmp_path, "1.7.24")).protocol == "grpc"
+        choice = protocol.choose(said, of_version(tmp_path, "2.1.9"))
+        assert choice.protocol == "ttrpc"
+        assert "containerd 2.1.9 ends gRPC shims" in choice.warning
+        assert "/x is cannot be told" in protocol.choose(said, "/x").warning
 
 
 # --- the socket

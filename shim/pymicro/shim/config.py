@@ -38,6 +38,7 @@ StartMode = Annotated[Literal["snapshot", "boot"], Meta(description='"snapshot" 
 Level = Annotated[
     Literal["debug", "info", "warning", "error"], Meta(description='"debug", "info", "warning" or "error"')
 ]
+Protocol = Annotated[Literal["ttrpc", "grpc"], Meta(description='"ttrpc" or "grpc"')]
 Names = Annotated[tuple[str, ...], Meta(description="a list of strings")]
 
 
@@ -88,6 +89,12 @@ class Annotations(Struct, frozen=True):
     allow: Names = ("io.pymicro.vcpus", "io.pymicro.memory_mib", "io.pymicro.start")
 
 
+class Shim(Struct, frozen=True):
+    """`[shim]`: how the shim talks with containerd. `protocol` says which ones can."""
+
+    protocol: Protocol = "ttrpc"
+
+
 class Log(Struct, frozen=True):
     """`[log]`: what the shim writes to containerd's log."""
 
@@ -102,6 +109,7 @@ class Settings(Struct, frozen=True):
     timeouts: Timeouts = Timeouts()
     templates: Templates = Templates()
     annotations: Annotations = Annotations()
+    shim: Shim = Shim()
     log: Log = Log()
 
 

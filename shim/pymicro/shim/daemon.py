@@ -23,6 +23,10 @@ class Start(Struct, frozen=True):
     bundle: str
     directory: str
     socket_path: str
+    protocol: str
+    """What the shim is to speak: `protocol.TTRPC` or `protocol.GRPC`."""
+    warning: str
+    """What is worth one about that, or ""."""
     ttrpc_address: str
     """Where containerd takes events."""
     config_path: str
@@ -45,9 +49,12 @@ def run(start: Start, listener: socket.socket) -> None:
         sandbox=start.sandbox_id,
         bundle=start.bundle,
         socket=start.socket_path,
+        protocol=start.protocol,
     )
     record.note()  # from now on whoever frees the sandbox finds us
     early.hold()
+    if start.warning:
+        early.warning(__name__, start.warning)
     pod = prepare(start, record, timeline)
     begun = time.monotonic_ns()
 

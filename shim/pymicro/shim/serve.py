@@ -1,4 +1,4 @@
-"""Serving one sandbox, over ttrpc, until containerd shuts it down."""
+"""Serving one sandbox, over ttrpc or gRPC, until containerd shuts it down."""
 
 import asyncio
 import logging
@@ -13,6 +13,7 @@ from pymicro.shim.delete import leave_answer
 from pymicro.shim.errors import ShimError, status_code
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
+from pymicro.shim.protocol import GRPC
 from pymicro.shim.sandbox import Sandbox
 from pymicro.shim.sockets import same_user
 from pymicro.shim.state import Record
@@ -20,6 +21,7 @@ from pymicro.shim.timeline import Timeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pymicro.shim.grpc_server import GrpcServer
     from pymicro.shim.service import TaskService
     from pymicro.ttrpc import Server
 
@@ -44,7 +46,7 @@ async def serve(
     sandbox = pod if isinstance(pod, ShimError) else Sandbox(start.sandbox_id, pod, record, events, timeline)
     if isinstance(sandbox, Sandbox):
         await sandbox.guest_runs(_PATIENCE)  # what follows is imported while the guest finds its devices
-    service, server = _task_service(sandbox)
+    service, server = _task_service(sandbox, start)
     serving = asyncio.create_task(server.serve(listener), name="server")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
     await asyncio.wait((shutdown, serving), return_when=asyncio.FIRST_COMPLETED)
@@ -62,7 +64,7 @@ async def serve(
         await serving
 
 
-def _task_service(sandbox: Sandbox | ShimError) -> "tuple[TaskService, Server]":
+def _task_service(sandbox: Sandbox | ShimError, start: Start) -> "tuple[TaskService, Server | GrpcServer]":
     """Return the Task service over `sandbox`, and the server that offers it under both its names."""
     from pymicro.shim.service import SERVICES, TaskService
     from pymicro.ttrpc import Method, Server
@@ -70,6 +72,10 @@ def _task_service(sandbox: Sandbox | ShimError) -> "tuple[TaskService, Server]":
     service = TaskService(sandbox)
     methods = {name: Method(handler, request) for name, (request, handler) in service.methods().items()}
     services = dict.fromkeys(SERVICES, methods)
+    if start.protocol == GRPC:
+        from pymicro.shim.grpc_server import GrpcServer
+
+        return service, GrpcServer(services, start.directory, status_of=_status_of, authorize=same_user)
     return service, Server(services, status_of=_status_of, authorize=same_user)
 
 

@@ -31,8 +31,9 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     listener = sockets.bind(path)
     if listener is None:
-        _record_address(path)
-        os.write(1, protocol.answer(path, said))
+        spoken = str(state.read(directory).get("protocol") or protocol.TTRPC)
+        _record_address(path, spoken)
+        os.write(1, protocol.answer(path, spoken, said))
         return
     if joins_running_sandbox(annotations):
         listener.close()
@@ -41,11 +42,13 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     with suppress(FileNotFoundError):
         os.unlink(ANSWER)  # of an earlier pod in this bundle
     tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
+    choice = protocol.choose(said, arguments.containerd)
     try:
         os.makedirs(directory, mode=0o700)
         record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
+        record |= {"protocol": choice.protocol}
         state.write(directory, {**record, "start_pid": os.getpid()})
-        _record_address(path)
+        _record_address(path, choice.protocol)
     except BaseException:  # there is no daemon yet, which would free them
         listener.close()
         freeing.free(directory)
@@ -56,9 +59,9 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         daemon = os.fork()
         if daemon == 0:
             os.close(ended)
-            _become_daemon(arguments, said, record, listener, begun_ns, end)
+            _become_daemon(arguments, said, choice, record, listener, begun_ns, end)
         become_guard(ended, directory, daemon, start_pid)
-    os.write(1, protocol.answer(path, said))
+    os.write(1, protocol.answer(path, choice.protocol, said))
 
 
 def _annotations() -> dict[str, str]:
@@ -70,16 +73,17 @@ def _annotations() -> dict[str, str]:
     return annotations
 
 
-def _record_address(path: str) -> None:
+def _record_address(path: str, spoken: str) -> None:
     """Write the address into the bundle, where containerd 1.6 and 1.7 look for it after a restart."""
     with open("address.new", "wb") as file:
-        file.write(protocol.in_bundle(path))
+        file.write(protocol.in_bundle(path, spoken))
     os.replace("address.new", "address")
 
 
 def _become_daemon(
     arguments: Arguments,
     said: Bootstrap,
+    choice: protocol.Choice,
     record: dict[str, str],
     listener: socket.socket,
     begun_ns: int,
@@ -106,6 +110,8 @@ def _become_daemon(
                 bundle=record["bundle"],
                 directory=state.directory(arguments.address, arguments.namespace, record["sandbox"]),
                 socket_path=record["socket"],
+                protocol=choice.protocol,
+                warning=choice.warning,
                 ttrpc_address=_ttrpc_address(arguments, said),
                 config_path=said.options.config_path,
                 config_body=said.options.config_body,
