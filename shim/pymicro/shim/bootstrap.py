@@ -68,7 +68,7 @@ def parse(stdin: bytes, container_id: str, namespace: str) -> Bootstrap:
             extensions = [protowire.data(value) for number, value in fields if number == 8]
             said.options = _from_extensions(extensions)
         else:
-            said.options = _options(stdin)
+            said.options = runtime_options(stdin)
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(
             f"start's stdin ({len(stdin)} bytes) is neither BootstrapParams nor an Any of runtime options: {error}"
@@ -80,14 +80,17 @@ def _from_extensions(extensions: list[bytes]) -> RuntimeOptions:
     """Return the first options that are for us among the extensions, each of which holds an Any."""
     for extension in extensions:
         for number, value in protowire.fields(extension):
-            options = _options(protowire.data(value)) if number == 1 else RuntimeOptions()
+            options = runtime_options(protowire.data(value)) if number == 1 else RuntimeOptions()
             if any(vars(options).values()):
                 return options
     return RuntimeOptions()
 
 
-def _options(message: bytes) -> RuntimeOptions:
-    """Return the options in an Any. Those of other runtimes are for others: tolerated and ignored."""
+def runtime_options(message: bytes) -> RuntimeOptions:
+    """Return the options in an Any. Those of other runtimes are for others: tolerated and ignored.
+
+    Raises ValueError where it is no such message.
+    """
     found = dict(protowire.fields(message))
     kind = protowire.text(found.get(1, b"")).rpartition("/")[2]
     if not kind.endswith((_OWN_OPTIONS, _RUNC_OPTIONS)):
