@@ -16,6 +16,10 @@ from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import sandbox_of
 from pymicro.shim.protowire import field
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 KILLED = 137
 ANSWER = "freed"
 """The file in a bundle with what `delete` is to answer. It says that nothing is left."""
@@ -35,23 +39,26 @@ def delete(arguments: Arguments) -> None:
     """Free what nobody uses any more and answer on stdout."""
     sandbox_id = _sandbox_id(arguments)
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
-    if os.path.isdir(directory) and not _in_use(directory, arguments.id, shared=sandbox_id != arguments.id):
-        for warning in _free(directory):
+    recorded = freeing.recorded(directory, arguments.bundle)
+    if not _in_use(recorded, arguments.id, shared=sandbox_id != arguments.id):
+        for warning in _free(directory, arguments.bundle, recorded):
             os.write(2, f"pymicro: {warning}\n".encode())  # containerd logs it
     os.write(1, delete_response(KILLED, time.time_ns()))
 
 
-def _free(directory: str) -> list[str]:
+def _free(directory: str, bundle: str, recorded: "dict[str, Any]") -> list[str]:
     """Free a sandbox; return what is worth a warning. Poststop hooks go on without us where they need long.
 
     containerd gives `delete` five seconds, kills it then and keeps the bundle.
     """
-    if not state.read(directory).get("poststop"):
-        return freeing.free(directory)
+    if not os.path.isdir(directory):  # nor is there anything to lock, or to write into
+        return freeing.free_recorded(directory, recorded) if recorded else []
+    if not recorded.get("poststop"):
+        return freeing.free(directory, bundle)
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _free_alone(directory, say)
+        _free_alone(directory, bundle, say)
     os.close(say)
     with open(said, "rb") as pipe:
         if not select.select([pipe], [], [], _PATIENCE)[0]:
@@ -61,14 +68,14 @@ def _free(directory: str) -> list[str]:
     return warnings
 
 
-def _free_alone(directory: str, say: int) -> None:
+def _free_alone(directory: str, bundle: str, say: int) -> None:
     """Runs in the child, which nobody waits for or kills, and never returns."""
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):  # containerd waits until the last one has closed them
             os.dup2(null, fd)
-        warnings = freeing.free(directory)
+        warnings = freeing.free(directory, bundle)
         with suppress(BrokenPipeError):
             os.write(say, "\n".join(warnings).encode())
     finally:
@@ -92,9 +99,8 @@ def _sandbox_id(arguments: Arguments) -> str:
         return arguments.id
 
 
-def _in_use(directory: str, container_id: str, *, shared: bool) -> bool:
+def _in_use(recorded: "dict[str, Any]", container_id: str, *, shared: bool) -> bool:
     """Tell whether other containers live in the sandbox, or may be about to: then it is not ours to end."""
-    recorded = state.read(directory)
     if not state.shim_runs(recorded):
         return False
     containers = recorded.get("containers")
