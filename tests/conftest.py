@@ -1,8 +1,8 @@
 """Fixtures of all tests, named after the stages of a life cycle: a containerd that runs, a client, a running container.
 
-`--containerd=1.6,1.7,2.1` runs every test that uses containerd against each of these versions; without it they use the
-newest, and those marked `every_containerd` all of them. `--start=boot` has every VM boot its own kernel,
-`--hypervisor=cloud-hypervisor` makes it one of Cloud Hypervisor's.
+`--containerd=1.6,1.7,1.7-grpc,2.1` runs every test that uses containerd against each of these versions (and once with
+shims that speak gRPC); without it they use the newest, and those marked `every_containerd` all of them. `--start=boot`
+has every VM boot its own kernel, `--hypervisor=cloud-hypervisor` makes it one of Cloud Hypervisor's.
 """
 
 import os
@@ -23,11 +23,16 @@ from tests.framework.pod import Pod, SharedPod
 from tests.framework.settings import dev_paths
 from tests.framework.waiting import SLOWER, seconds
 
+# as the shim has it; gRPC reads it when it is imported, and would meddle with every fork of this process
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--containerd", default="", help="versions to test against: 1.6,1.7,2.1 (default: the newest)")
+    parser.addoption(
+        "--containerd", default="", help="versions to test against: 1.6,1.7,1.7-grpc,2.1 (default: the newest)"
+    )
     parser.addoption("--runtime", default=PYMICRO, help="the runtime under test; io.containerd.runc.v2 tests the tests")
     parser.addoption(
         "--start",

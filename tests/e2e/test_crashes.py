@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from pymicro.protos.task_pb2 import DeleteResponse
 from tests.framework.containerd import Containerd
 from tests.framework.ctr import Ctr
 from tests.framework.leftovers import Leftovers
+from tests.framework.processes import all_processes
 from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
 from tests.framework.waiting import seconds
 
@@ -125,7 +127,10 @@ def test_ctr_run_returns_when_a_process_is_killed(ctr: Ctr, leftovers: Leftovers
 
     _, errors = client.communicate(timeout=seconds(PROMPT))
     assert client.returncode == code
-    assert "ttrpc: closed" in errors.decode() if kind == SHIM else not errors  # what runc's clients see as well
+    broken = {"ttrpc": "ttrpc: closed", "grpc": "Unavailable"}[
+        ctr.containerd.protocol
+    ]  # of ttrpc runc's clients see it
+    assert broken in errors.decode() if kind == SHIM else not errors
     leftovers.check()
 
 
@@ -375,6 +380,81 @@ def test_delete_frees_all_that_a_running_sandbox_has_and_may_be_repeated(
     assert sandbox.find(SHIM) is None
     assert not sandbox.directory.exists()
     container.remove()
+    leftovers.check()
+
+
+@pytest.mark.parametrize("killed", [(), (SHIM,), ("guard", SHIM), ("guard",)], ids=["", "shim", "both", "guard"])
+@pytest.mark.parametrize("kept", [None, 0, 0.3, 0.99])
+def test_delete_frees_a_vm_whose_record_is_lost(
+    ctr: Ctr, leftovers: Leftovers, tmp_path: Path, kept: float | None, killed: tuple[str, ...]
+) -> None:
+    container = ctr.start(*SLEEP)
+    sandbox = Sandbox(ctr.containerd, container.id)
+    record = sandbox.directory / "state.json"
+    whole = record.read_bytes()
+    pids = [pid for kind in (*HELPERS, ANCHOR, SHIM) for pid in sandbox.pids(kind)]
+    assert len(pids) >= 3
+    shim = sandbox.find(SHIM)
+    assert shim
+    victims = {SHIM: shim, "guard": all_processes()[shim].parent}
+
+    # containerd runs `delete` too, as soon as it hears of the shim's death, and removes the bundle then
+    bundle = tmp_path / container.id
+    bundle.mkdir()
+    for name in ("address", "config.json"):
+        shutil.copy(bundle_of(ctr, container.id) / name, bundle)
+
+    if kept is None:
+        record.unlink()
+    else:
+        record.write_bytes(whole[: int(kept * len(whole))])
+    for kind in killed:
+        os.kill(victims[kind], signal.SIGKILL)
+    answer = shim_delete(ctr.containerd, bundle, container.id)
+
+    assert answer.exit_status == KILLED
+    eventually(lambda: not sandbox.directory.exists(), "the run directory is gone", PROMPT)
+    eventually(lambda: not set(pids) & all_processes().keys(), "the pod's processes are gone", PROMPT)
+    container.remove()
+    leftovers.check()
+
+
+def bundle_of(ctr: Ctr, container_id: str) -> Path:
+    containerd = ctr.containerd
+    return containerd.home / "state/io.containerd.runtime.v2.task" / containerd.namespace / container_id
+
+
+def test_delete_of_one_container_leaves_the_pod_alone_whose_record_is_lost(ctr: Ctr, leftovers: Leftovers) -> None:
+    first = ctr.start(*SLEEP)
+    second = ctr.start(*SLEEP, options=["--annotation", f"io.containerd.runc.v2.group={first.id}"])
+    sandbox = Sandbox(ctr.containerd, first.id)
+    record = sandbox.directory / "state.json"
+    record.write_bytes(record.read_bytes()[:50])
+
+    for container in (second, first):
+        assert shim_delete(ctr.containerd, bundle_of(ctr, container.id), container.id).exit_status == KILLED
+        assert sandbox.find(SHIM)
+
+    assert [each.exec("echo", "well").stdout for each in (first, second)] == ["well\n", "well\n"]
+    for container in (second, first):
+        container.remove()
+    leftovers.check()
+
+
+def test_delete_finds_a_shim_whose_settings_make_no_sense(ctr: Ctr, leftovers: Leftovers, tmp_path: Path) -> None:
+    """Its VM has never been started, and it waits for a Create to say why."""
+    container_id = ctr.new_id()
+    (tmp_path / "config.json").write_text("{}")
+    flags = ["-namespace", ctr.containerd.namespace, "-address", ctr.containerd.address, "-id", container_id]
+    words = [str(ctr.containerd.bin / "containerd-shim-pymicro-v1"), *flags, "-publish-binary", "/x", "start"]
+    environment = {**os.environ, "PYMICRO_CONFIG": "/no/such/file"}
+    subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    sandbox = Sandbox(ctr.containerd, container_id)
+    sandbox.wait_for(SHIM)
+
+    assert shim_delete(ctr.containerd, tmp_path, container_id).exit_status == KILLED
+
+    assert sandbox.find(SHIM) is None
     leftovers.check()
 
 

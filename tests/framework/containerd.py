@@ -18,7 +18,8 @@ from tests.framework.settings import write_settings
 from tests.framework.tools import tool
 from tests.framework.waiting import seconds
 
-VERSIONS = ("1.6", "1.7", "2.1")
+VERSIONS = ("1.6", "1.7", "1.7-grpc", "2.1")
+"""containerd's versions, and what its shims speak where that is not ttrpc."""
 NEWEST = VERSIONS[-1]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,7 +72,9 @@ class Containerd:
         """
         if version not in VERSIONS:
             raise ContainerdError(f"there is no containerd {version!r} to run; choose one of {', '.join(VERSIONS)}")
-        self.version = version
+        self.lane = version
+        self.version, _, protocol = version.partition("-")
+        self.protocol = protocol or "ttrpc"
         self.directory = directory.resolve()
         self.home = self._short_home()
         self.bin = self.home / "bin"
@@ -79,12 +82,12 @@ class Containerd:
         self.address = str(self.home / "containerd.sock")
         self.settings = self.home / "config.toml"
         self.namespace = namespace
-        self._usual_settings = settings or {}
+        self._usual_settings = {**(settings or {}), "shim": {"protocol": self.protocol}}
         self._child: subprocess.Popen[bytes] | None = None
         self._extra_environment: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
-        return f"<Containerd {self.version} at {self.home}>"
+        return f"<Containerd {self.version} {self.protocol} at {self.home}>"
 
     def _short_home(self) -> Path:
         if len(str(self.directory)) <= LONGEST_DIRECTORY:

@@ -27,7 +27,7 @@ RUN_TIMEOUT = 120
 def up(containerd: Containerd) -> None:
     """Start the daemon unless the wanted version runs already, and write the file to source."""
     environment = containerd.home / "env"
-    running = environment.exists() and f"containerd {containerd.version}\n" in environment.read_text()
+    running = environment.exists() and f"containerd {containerd.lane}\n" in environment.read_text()
     if not (running and containerd.responds()):
         containerd.stop()
         try:
@@ -35,11 +35,11 @@ def up(containerd: Containerd) -> None:
         except BaseException:
             containerd.stop()
             raise
-        lines = [f"# containerd {containerd.version}"]
+        lines = [f"# containerd {containerd.lane}"]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in containerd.client_environment.items()]
         lines += [f'export PATH={shlex.quote(str(containerd.bin))}:"$PATH"']
         environment.write_text("\n".join(lines) + "\n")
-    print(f"containerd {containerd.version} is up; its log: {containerd.directory}/containerd.log")
+    print(f"containerd {containerd.lane} is up; its log: {containerd.directory}/containerd.log")
     print(f"  . {containerd.directory}/env")
     print(f"  ctr run --rm --runtime {PYMICRO} {IMAGE} hello uname -r")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from pymicro.shim import config
+from pymicro.shim import config, settings_file
 from pymicro.shim.config import Settings, VmSize, load, parse, vm_size, with_annotations
 from pymicro.shim.errors import HostMissing, InvalidRequest, InvalidSettings
 
@@ -20,7 +20,7 @@ def big_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host with 8 CPUs and 16 GiB, and no settings file of its own."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)))
     monkeypatch.setattr(config, "host_memory_mib", lambda: 16384)
-    monkeypatch.delenv(config.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(settings_file.ENVIRONMENT, raising=False)
 
 
 def refused(text: str) -> str:
@@ -100,7 +100,7 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 
 
 def test_without_any_file_the_defaults_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "DEFAULT_FILE", str(tmp_path / "absent.toml"))
+    monkeypatch.setattr(settings_file, "DEFAULT", str(tmp_path / "absent.toml"))
     assert load() == Settings()
 
 
@@ -109,9 +109,9 @@ def test_the_argument_goes_before_the_environment_and_that_before_the_default(
 ) -> None:
     for name, vcpus in (("argument", 2), ("environment", 3), ("default", 4)):
         (tmp_path / name).write_text(f"[vm]\nvcpus = {vcpus}\n")
-    monkeypatch.setattr(config, "DEFAULT_FILE", str(tmp_path / "default"))
+    monkeypatch.setattr(settings_file, "DEFAULT", str(tmp_path / "default"))
     assert load().vm.vcpus == 4
-    monkeypatch.setenv(config.ENVIRONMENT, str(tmp_path / "environment"))
+    monkeypatch.setenv(settings_file.ENVIRONMENT, str(tmp_path / "environment"))
     assert load().vm.vcpus == 3
     assert load(str(tmp_path / "argument")).vm.vcpus == 2
 
@@ -122,7 +122,7 @@ def test_a_named_file_must_exist_and_the_message_says_who_named_it(
     missing = str(tmp_path / "no.toml")
     with pytest.raises(HostMissing, match=r"no\.toml, named by the runtime options' ConfigPath, does not exist"):
         load(missing)
-    monkeypatch.setenv(config.ENVIRONMENT, missing)
+    monkeypatch.setenv(settings_file.ENVIRONMENT, missing)
     with pytest.raises(HostMissing, match="named by the environment variable PYMICRO_CONFIG"):
         load()
 
@@ -243,3 +243,31 @@ def test_reading_settings_imports_little() -> None:
     code = "import sys; from pymicro.shim.config import load; load('/dev/null'); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"asyncio", "json", "difflib", "dataclasses", "google.protobuf"} & set(run.stdout.split())
+
+
+# --- settings in the runtime options
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "settings"
+    path.write_text("[vm]\nvcpus = 2\nmemory_mib = 512\n[log]\nlevel = 'debug'\n")
+    return str(path)
+
+
+def test_the_options_body_changes_what_the_file_says(file: str) -> None:
+    settings = load(file, b"[vm]\nmemory_mib = 1024\n[timeouts]\nhello = 3\n")
+    assert (settings.vm.vcpus, settings.vm.memory_mib) == (2, 1024)
+    assert (settings.timeouts.hello, settings.log.level) == (3.0, "debug")
+
+
+def test_the_options_own_keys_are_no_settings(file: str) -> None:
+    """CRI sends its whole section as the body where that names no file."""
+    assert load(file, b'TypeUrl = "io.pymicro.v1.options"\nConfigPath = ""\n') == load(file)
+
+
+def test_a_mistake_in_the_options_body_is_told_where_it_is(file: str) -> None:
+    with pytest.raises(InvalidSettings, match="ConfigBody: unknown key in \\[vm\\]: memory;"):
+        load(file, b"[vm]\nmemory = 1\n")
+    with pytest.raises(InvalidSettings, match="the runtime options' ConfigBody is not valid TOML"):
+        load(file, b"\xff")

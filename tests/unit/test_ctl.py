@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 from pymicro.ctl import check, containerd, ps
 from pymicro.ctl.__main__ import main
-from pymicro.shim import config, host, state, syscalls
+from pymicro.shim import host, settings_file, state, syscalls
 from pymicro.shim.config import Paths, Settings, Vm
 from pymicro.shim.errors import HostMissing
 
@@ -31,8 +31,8 @@ def script(path: Path, text: str = "") -> str:
 
 @pytest.fixture(autouse=True)
 def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(config.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(config, "DEFAULT_FILE", str(tmp_path / "no-config.toml"))
+    monkeypatch.delenv(settings_file.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(settings_file, "DEFAULT", str(tmp_path / "no-config.toml"))
     monkeypatch.setenv("CONTAINERD_ADDRESS", str(tmp_path / "no-containerd.sock"))
 
 
@@ -363,7 +363,7 @@ def test_pymicroctl_starts_without_the_heavy_libraries() -> None:
 def templates(tmp_path: Path) -> Bench:
     """A store that the default settings of these tests name, with one template in it."""
     bench = bench_in(tmp_path)
-    Path(config.DEFAULT_FILE).write_text(f'[templates]\ndirectory = "{bench.store.directory}"\nmost_mib = 64\n')
+    Path(settings_file.DEFAULT).write_text(f'[templates]\ndirectory = "{bench.store.directory}"\nmost_mib = 64\n')
     asyncio.run(bench.template())
     return bench
 
@@ -414,7 +414,7 @@ def test_templates_are_removed_by_name(templates: Bench, capsys: pytest.CaptureF
 
 
 def test_a_host_without_templates_has_an_empty_list(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    Path(config.DEFAULT_FILE).write_text(f'[templates]\ndirectory = "{tmp_path}/absent"\n')
+    Path(settings_file.DEFAULT).write_text(f'[templates]\ndirectory = "{tmp_path}/absent"\n')
     assert main(["template", "list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["template", "prune"]) == 0

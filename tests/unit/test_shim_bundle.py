@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pymicro.protos import types_pb2
 from pymicro.shim import early, logs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.errors import InvalidRequest
@@ -154,23 +153,3 @@ def test_timeline_is_one_json_line(caplog: pytest.LogCaptureFixture) -> None:
     assert line["phases_ms"]["vmm"] == 5.0
     assert line["phases_ms"]["guest_kernel"] == 12.3
     assert line["total_ms"] >= line["phases_ms"]["shim"] >= 0
-
-
-# --- -v and -info
-
-
-def shim(flag: str) -> bytes:
-    words = [sys.executable, "-m", "pymicro.shim", flag]
-    result = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, check=True)
-    assert result.stderr == b""
-    return result.stdout
-
-
-def test_version_is_for_people() -> None:
-    assert re.search(rb"Version: \d+\.\d+", shim("-v"))
-
-
-def test_info_is_for_containerd() -> None:
-    info = types_pb2.RuntimeInfo.FromString(shim("-info"))
-    assert info.name == "io.containerd.pymicro.v1"
-    assert re.match(r"\d+\.\d+", info.version.version)

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from pymicro.protos import runtimeoptions_pb2, task_pb2, types_pb2
-from pymicro.shim import rootfs, serve, start, state
+from pymicro.protos import task_pb2, types_pb2
+from pymicro.shim import cgroup, rootfs, serve, sockets, state
 from pymicro.shim.daemon import Start, prepare
 from pymicro.shim.hypervisor.fake import FakeGuest
+from pymicro.shim.protocol import TTRPC
 from pymicro.shim.service import SERVICES
 from pymicro.shim.state import Record
 from pymicro.shim.timeline import Timeline
-from pymicro.shim.translate import pack
 from pymicro.ttrpc import Client, StatusError
 
 from tests.framework.fakes import asynchronous, until
 from tests.unit.sandbox_harness import SETTINGS, SPEC, Pod
 from tests.unit.test_shim_events import Containerd
+
+BOOT = '[vm]\nstart = "boot"\n'
 
 
 @dataclass
@@ -67,7 +69,9 @@ def logging_as_before() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def daemon(directory: Path, *, config: str = '[vm]\nstart = "boot"\n') -> AsyncIterator[Daemon]:
+async def daemon(
+    directory: Path, *, config: str = BOOT, shim_cgroup: str = "", spoken: str = TTRPC
+) -> AsyncIterator[Daemon]:
     (directory / "config.toml").write_text(config)
     containerd = Containerd(directory)
     await containerd.start()
@@ -75,13 +79,25 @@ async def daemon(directory: Path, *, config: str = '[vm]\nstart = "boot"\n') -> 
     run.mkdir()
     pod = Pod(directory, FakeGuest(), SETTINGS)
     path = str(directory / "shim.sock")
-    options = pack(runtimeoptions_pb2.Options(config_path=str(directory / "config.toml"))).SerializeToString()
-    begun = Start("ns", "c1", "unused", pod.bundle("c1"), str(run), path, options, debug=False, begun_ns=0)
-    listener = start.bind(path)
+    begun = Start(
+        namespace="ns",
+        sandbox_id="c1",
+        bundle=pod.bundle("c1"),
+        directory=str(run),
+        socket_path=path,
+        protocol=spoken,
+        warning="",
+        ttrpc_address=containerd.address,
+        config_path=str(directory / "config.toml"),
+        config_body=b"",
+        shim_cgroup=shim_cgroup,
+        debug=False,
+        begun_ns=0,
+    )
+    listener = sockets.bind(path)
     assert listener is not None
     loop = asyncio.get_running_loop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TTRPC_ADDRESS", containerd.address)
         pod.host.put_in_place(patch, pod.hypervisor, SPEC)
         patch.setattr(
             rootfs, "remove_tree", lambda path: shutil.rmtree(path) if path == str(run) else pod.host.remove_tree(path)
@@ -157,6 +173,36 @@ async def test_settings_that_make_no_sense_are_the_error_of_create(directory: Pa
         await client.call(SERVICES[0], "Shutdown", task_pb2.ShutdownRequest(id="c1"), Empty)
         assert d.nothing_left
         await asyncio.wait_for(d.running, 5)
+
+
+@asynchronous
+async def test_the_shim_joins_the_cgroup_of_runcs_options(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = directory / "memory/shims"
+    group.mkdir(parents=True)
+    monkeypatch.setattr(cgroup, "directories", lambda path: (str(directory / "memory" / path), "/nowhere"))
+    async with daemon(directory, shim_cgroup="/shims") as d, await d.connect() as client:
+        await d.create(client)
+        assert (group / "cgroup.procs").read_text() == "0", "cgroups(7): the process that writes it"
+
+
+@asynchronous
+async def test_a_cgroup_of_runcs_options_that_is_not_there(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with daemon(directory, shim_cgroup="/no/such") as d, await d.connect() as client:
+        with pytest.raises(
+            StatusError, match=r"cannot join the cgroup '/no/such' \(shim_cgroup\): no controller has it"
+        ):
+            await d.create(client)
+
+
+@asynchronous
+async def test_core_scheduling_is_left_out_and_said_to_be(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SCHED_CORE", "1")
+    caplog.set_level(logging.DEBUG)
+    async with daemon(directory) as d, await d.connect() as client:
+        await d.create(client)
+    assert "core scheduling (SCHED_CORE)" in caplog.text
 
 
 @asynchronous

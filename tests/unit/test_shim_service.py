@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from pymicro.protos import runc_pb2, runtimeoptions_pb2, task_pb2, types_pb2
+from pymicro.protos import runc_pb2, task_pb2, types_pb2
 from pymicro.shim import errors, serve, translate
 from pymicro.shim.errors import HostMissing, InvalidRequest
 from pymicro.shim.hypervisor.fake import Refused
@@ -339,28 +339,6 @@ def test_every_error_has_a_code_and_subclasses_come_first() -> None:
         assert not any(issubclass(kind, earlier) for earlier in kinds[:index])
     assert errors.status_code(RuntimeError()) == errors.UNKNOWN
     assert {number for _, number in errors.STATUS} <= {int(code) for code in Code}
-
-
-@pytest.mark.parametrize("type_url", ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"])
-def test_settings_file_of_the_runtime_options(type_url: str) -> None:
-    options = runtimeoptions_pb2.Options(type_url="io.pymicro.v1.options", config_path="/etc/pymicro/other.toml")
-    packed = AnyMessage(type_url=type_url, value=options.SerializeToString())
-    assert translate.config_path(packed.SerializeToString()) == "/etc/pymicro/other.toml"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        b"",
-        b"\xff\xff",
-        AnyMessage(type_url="containerd.runc.v1.Options", value=b"\x0a\x01x").SerializeToString(),
-        AnyMessage(type_url="runtimeoptions.v1.Options", value=b"\xff").SerializeToString(),
-        AnyMessage(type_url="runtimeoptions.v1.Options").SerializeToString(),
-    ],
-    ids=["none", "garbage", "runc's", "broken", "empty"],
-)
-def test_other_options_are_tolerated(options: bytes) -> None:
-    assert translate.config_path(options) is None
 
 
 @pytest.mark.parametrize("value", [b"", b"{", b"[]", b"null", b"\xff"])

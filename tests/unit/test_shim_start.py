@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymicro.protos import task_pb2
-from pymicro.shim import delete, grouping, start, state
+from pymicro.protos import bootstrap_pb2, runtimeoptions_pb2, task_pb2
+from pymicro.shim import bootstrap, delete, grouping, protocol, sockets, start, state
 
 HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
 HEAVY |= {"qemu", "subprocess", "tempfile", "typing"}
@@ -28,11 +30,11 @@ PROGRAM = """
 import sys
 from pymicro.shim import state
 from pymicro.shim.__main__ import main
-sockets, run = sys.argv.pop(1), sys.argv.pop(1)
+directory, run = sys.argv.pop(1), sys.argv.pop(1)
 state.directory = lambda address, namespace, sandbox: f"{run}/{sandbox}"
 if sys.argv[-1] == "start":
-    from pymicro.shim import start
-    start.SOCKET_DIRECTORY = sockets
+    from pymicro.shim import sockets, start
+    sockets.DIRECTORY = directory
     start._become_daemon = lambda *arguments: (open("daemon", "w").close(), start.os._exit(0))
 status = main()
 with open("modules", "w") as file:
@@ -44,21 +46,25 @@ sys.exit(status)
 class Host:
     """A bundle, a socket directory and a run directory of our own, in which `start` and `delete` are run."""
 
-    def __init__(self, directory: Path, sockets: Path) -> None:
-        self.bundle, self.run, self.sockets = directory / "bundle", directory / "run", sockets
+    def __init__(self, directory: Path, socket_directory: Path) -> None:
+        self.bundle, self.run, self.sockets = directory / "bundle", directory / "run", socket_directory
         self.bundle.mkdir()
         self.annotations({})
 
     def annotations(self, annotations: dict[str, str]) -> None:
         (self.bundle / "config.json").write_text(json.dumps({"annotations": annotations}))
 
-    def execute(self, action: str, container_id: str = "c1") -> subprocess.CompletedProcess[bytes]:
-        words = ["-namespace", "ns", "-address", "/run/containerd.sock", "-publish-binary", "/x", "-id", container_id]
+    def execute(
+        self, action: str, container_id: str = "c1", *, stdin: bytes = b"", containerd: str = "/x", settings: str = ""
+    ) -> subprocess.CompletedProcess[bytes]:
+        words = ["-namespace", "ns", "-address", "/run/containerd.sock", "-publish-binary", containerd]
+        words += ["-id", container_id]
+        (self.bundle / "settings").write_text(settings)
         return subprocess.run(
             [sys.executable, "-S", "-c", PROGRAM, self.sockets, self.run, *words, "-bundle", self.bundle, action],
             cwd=self.bundle,
-            env={"PYTHONPATH": ":".join(sys.path)},
-            stdin=subprocess.DEVNULL,
+            env={"PYTHONPATH": ":".join(sys.path), "PYMICRO_CONFIG": str(self.bundle / "settings")},
+            input=stdin,
             capture_output=True,
             timeout=20,
             check=False,
@@ -66,8 +72,8 @@ class Host:
 
     def socket_path(self, sandbox_id: str) -> str:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(start, "SOCKET_DIRECTORY", str(self.sockets))
-            return start.socket_path("/run/containerd.sock", "ns", sandbox_id)
+            patch.setattr(sockets, "DIRECTORY", str(self.sockets))
+            return sockets.path("/run/containerd.sock", "ns", sandbox_id)
 
     @property
     def imports(self) -> set[str]:
@@ -80,15 +86,15 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    with tempfile.TemporaryDirectory() as sockets:  # a path that fits into a socket's address
-        yield Host(tmp_path, Path(sockets))
+    with tempfile.TemporaryDirectory() as directory:  # a path that fits into a socket's address
+        yield Host(tmp_path, Path(directory))
 
 
 @pytest.fixture
 def listening(host: Host) -> Iterator[str]:
     """A shim that runs: its socket's path, for the sandbox `pod`."""
     path = host.socket_path("pod")
-    listener = start.bind(path)
+    listener = sockets.bind(path)
     assert listener
     yield path
     listener.close()
@@ -107,6 +113,61 @@ def test_start_answers_with_the_address_alone(host: Host) -> None:
 def test_start_imports_little(host: Host) -> None:
     assert host.execute("start").returncode == 0
     assert host.heavy_imports == set()
+
+
+def params(container_id: str, **changes: Any) -> bytes:  # of the fields' types
+    """What containerd 2.3 writes to `start`'s stdin."""
+    return bootstrap_pb2.BootstrapParams(instance_id=container_id, namespace="ns", **changes).SerializeToString()
+
+
+def test_containerd_2_3_gets_a_bootstrap_result(host: Host) -> None:
+    result = host.execute("start", stdin=params("c1", containerd_version="2.3.1"))
+    assert (result.returncode, result.stderr) == (0, b"")
+    said = bootstrap_pb2.BootstrapResult.FromString(result.stdout)
+    assert (said.version, said.address, said.protocol) == (3, f"unix://{host.socket_path('c1')}", "ttrpc")
+    assert (host.bundle / "address").read_text() == said.address, "who restarts as an older containerd reads it"
+    assert host.heavy_imports == set()
+
+
+def test_options_alone_are_answered_with_the_address_alone(host: Host) -> None:
+    options = runtimeoptions_pb2.Options(config_path=str(host.bundle / "settings")).SerializeToString()
+    stdin = AnyMessage(type_url="runtimeoptions.v1.Options", value=options).SerializeToString()
+    result = host.execute("start", stdin=stdin)
+    assert (result.stdout, result.stderr) == (f"unix://{host.socket_path('c1')}".encode(), b"")
+    assert host.heavy_imports == set()
+
+
+def test_stdin_that_makes_no_sense_starts_nothing(host: Host) -> None:
+    result = host.execute("start", stdin=b"\x0a\xff")
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert b"start's stdin (2 bytes) is neither BootstrapParams nor an Any of runtime options" in result.stderr
+    assert not os.path.exists(host.socket_path("c1"))
+
+
+def test_socket_directory_that_containerd_names(host: Host) -> None:
+    directory = f"{host.sockets}/own"
+    result = host.execute("start", stdin=params("c1", socket_dir=directory))
+    said = bootstrap_pb2.BootstrapResult.FromString(result.stdout)
+    assert said.address == f"unix://{directory}/{os.path.basename(host.socket_path('c1'))}"
+    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+    assert state.read(str(host.run / "c1"))["socket"] == said.address.removeprefix("unix://"), "`delete` looks there"
+
+
+@pytest.mark.parametrize(("directory", "why"), [("/" + 42 * "s", b"too long"), ("s", b"no absolute path")])
+def test_socket_directory_that_cannot_be(host: Host, directory: str, why: bytes) -> None:
+    result = host.execute("start", stdin=params("c1", socket_dir=directory))
+    assert result.returncode == 1
+    assert why in result.stderr
+    assert not host.run.exists()
+
+
+def test_what_fails_before_there_is_a_daemon_leaves_nothing(host: Host) -> None:
+    (host.bundle / "address.new").mkdir()
+    result = host.execute("start")
+    assert result.returncode == 1
+    assert b"address.new" in result.stderr
+    assert not os.path.exists(host.socket_path("c1"))
+    assert not (host.run / "c1").exists()
 
 
 def test_start_over_a_leftover_sandbox_keeps_the_new_socket(host: Host) -> None:
@@ -128,6 +189,12 @@ def test_second_container_of_a_pod_joins_the_first(host: Host, listening: str) -
     assert not (host.bundle / "daemon").exists()
     assert not host.run.exists()
     assert host.heavy_imports == set()
+
+
+def test_second_container_of_a_pod_with_containerd_2_3(host: Host, listening: str) -> None:
+    host.annotations({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"})
+    said = bootstrap_pb2.BootstrapResult.FromString(host.execute("start", "c2", stdin=params("c2")).stdout)
+    assert (said.version, said.address, said.protocol) == (3, f"unix://{listening}", "ttrpc")
 
 
 def test_container_of_a_pod_that_does_not_run(host: Host) -> None:
@@ -318,6 +385,90 @@ def test_delete_ends_a_shim_that_hangs(host: Host) -> None:
         shim.wait()
 
 
+# --- gRPC, where it is asked for
+
+GRPC = '[shim]\nprotocol = "grpc"\n'
+
+
+def containerd(directory: Path, says: str) -> str:
+    """Make a program that says what containerd says of itself; return its path."""
+    program = directory / "containerd"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def of_version(directory: Path, version: str) -> str:
+    return containerd(directory, f'[ "$*" = -v ] && echo containerd github.com/containerd/containerd {version} abcdef')
+
+
+@pytest.mark.parametrize("version", ["1.7.24~ds1", "v1.7.29"])
+def test_containerd_1_7_gets_grpc_and_a_bare_path(host: Host, tmp_path: Path, version: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=of_version(tmp_path, version))
+    assert (result.returncode, result.stderr) == (0, b"")
+    expected = {"version": 2, "address": host.socket_path("c1"), "protocol": "grpc"}
+    assert json.loads(result.stdout) == expected
+    assert json.loads((host.bundle / "address").read_text()) == expected, "what it reads when it restarts"
+    assert state.read(str(host.run / "c1"))["protocol"] == "grpc"
+
+
+@pytest.mark.parametrize("version", ["1.6.20", "v2.1.9", "2.3.1", "10.7"])
+def test_other_containerds_get_ttrpc(host: Host, tmp_path: Path, version: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=of_version(tmp_path, version))
+    assert (result.stdout, result.stderr) == (f"unix://{host.socket_path('c1')}".encode(), b"")
+    assert state.read(str(host.run / "c1"))["protocol"] == "ttrpc"
+
+
+@pytest.mark.parametrize("says", ["exit 1", "echo", "echo hello world", "printf '\\377 \\377 \\377'", "exec sleep 60"])
+def test_containerd_that_does_not_tell_its_version_gets_ttrpc(host: Host, tmp_path: Path, says: str) -> None:
+    result = host.execute("start", settings=GRPC, containerd=containerd(tmp_path, says))
+    assert (result.stdout, result.stderr) == (f"unix://{host.socket_path('c1')}".encode(), b"")
+
+
+def test_containerd_2_3_gets_ttrpc_without_being_asked_for_its_version(host: Host, tmp_path: Path) -> None:
+    program = containerd(tmp_path, f": > {tmp_path}/asked")
+    result = host.execute("start", settings=GRPC, containerd=program, stdin=params("c1", containerd_version="2.3.1"))
+    assert bootstrap_pb2.BootstrapResult.FromString(result.stdout).protocol == "ttrpc"
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_container_of_a_pod_gets_what_the_pods_shim_speaks(host: Host, listening: str) -> None:
+    """Whatever the settings say by now."""
+    (host.run / "pod").mkdir(parents=True)
+    state.write(str(host.run / "pod"), {"protocol": "grpc"})
+    host.annotations({grouping.CONTAINER_TYPE: "container", grouping.SANDBOX_ID: "pod"})
+    result = host.execute("start", "c2")
+    assert json.loads(result.stdout) == {"version": 2, "address": listening, "protocol": "grpc"}
+    assert result.stdout == (host.bundle / "address").read_bytes()
+
+
+@pytest.mark.parametrize("settings", ['[shim]\nprotocol = "grcp"', "[shim", '[shim]\nprotocl = "grpc"'])
+def test_settings_that_make_no_sense_are_the_daemons_to_report(host: Host, tmp_path: Path, settings: str) -> None:
+    result = host.execute("start", settings=settings, containerd=of_version(tmp_path, "1.7.24"))
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == f"unix://{host.socket_path('c1')}".encode()
+
+
+@pytest.mark.parametrize("settings", ['[shim]\nprotocol = "gr\\u0070c"', '[shim]\n"\\u0070rotocol" = "grpc"', GRPC])
+def test_grpc_may_be_written_in_every_way_that_toml_has(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text(settings)
+    said = bootstrap.parse(b"", "c1", "ns")
+    said.options.config_path = str(tmp_path / "settings")
+    assert protocol.choose(said, of_version(tmp_path, "1.7.24")).protocol == "grpc"
+
+
+def test_grpc_in_the_runtime_options(tmp_path: Path) -> None:
+    said = bootstrap.parse(b"", "c1", "ns")
+    said.options.config_body = GRPC.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYMICRO_CONFIG", "/dev/null")
+        assert protocol.choose(said, of_version(tmp_path, "1.7.24")).protocol == "grpc"
+        choice = protocol.choose(said, of_version(tmp_path, "2.1.9"))
+        assert choice.protocol == "ttrpc"
+        assert "containerd 2.1.9 ends gRPC shims" in choice.warning
+        assert "/x is cannot be told" in protocol.choose(said, "/x").warning
+
+
 # --- the socket
 
 
@@ -325,7 +476,7 @@ def test_bound_socket_is_for_its_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "s" / "socket"
     mask = os.umask(0)
     try:
-        listener = start.bind(str(path))
+        listener = sockets.bind(str(path))
         assert os.umask(0) == 0, "the umask was not put back"
     finally:
         os.umask(mask)
@@ -341,7 +492,7 @@ def test_leftover_socket_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
         dead.listen()
-    listener = start.bind(path)
+    listener = sockets.bind(path)
     assert listener
     with listener, socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
@@ -349,10 +500,10 @@ def test_leftover_socket_is_replaced(tmp_path: Path) -> None:
 
 def test_live_socket_is_found_and_left(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    listener = start.bind(path)
+    listener = sockets.bind(path)
     assert listener
     with listener:
-        assert start.bind(path) is None
+        assert sockets.bind(path) is None
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
 
@@ -362,16 +513,16 @@ def test_starts_at_the_same_time_make_one_daemon(tmp_path: Path, monkeypatch: py
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
-    real = start._answers
+    real = sockets._answers
 
     def slow(path: str) -> bool:
         answers = real(path)
         time.sleep(0.01)
         return answers
 
-    monkeypatch.setattr(start, "_answers", slow)
+    monkeypatch.setattr(sockets, "_answers", slow)
     results: list[socket.socket | None] = []
-    threads = [threading.Thread(target=lambda: results.append(start.bind(path))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: results.append(sockets.bind(path))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -382,9 +533,9 @@ def test_starts_at_the_same_time_make_one_daemon(tmp_path: Path, monkeypatch: py
 
 
 def test_socket_paths_are_short_and_differ() -> None:
-    one = start.socket_path("/run/containerd/containerd.sock", "ns", "x" * 200)
+    one = sockets.path("/run/containerd/containerd.sock", "ns", "x" * 200)
     assert len(one) <= 107, "the limit of sun_path"
-    assert one != start.socket_path("/run/containerd/containerd.sock", "ns", "y" * 200)
+    assert one != sockets.path("/run/containerd/containerd.sock", "ns", "y" * 200)
 
 
 def test_log_is_opened_without_waiting_for_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

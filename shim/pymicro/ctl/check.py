@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pymicro.ctl import containerd
-from pymicro.shim import config, host, syscalls
+from pymicro.shim import config, host, settings_file, syscalls
 from pymicro.shim.config import Settings
 from pymicro.shim.errors import HostMissing, ShimError
 from pymicro.shim.hypervisor import registry
@@ -64,10 +64,10 @@ def check(config_path: str | None = None) -> Iterator[Finding]:
 
 
 def _settings_source(config_path: str | None) -> str:
-    named = config_path or os.environ.get(config.ENVIRONMENT)
-    if named or Path(config.DEFAULT_FILE).exists():
-        return named or config.DEFAULT_FILE
-    return f"the defaults; there is no {config.DEFAULT_FILE}"
+    named = config_path or os.environ.get(settings_file.ENVIRONMENT)
+    if named or Path(settings_file.DEFAULT).exists():
+        return named or settings_file.DEFAULT
+    return f"the defaults; there is no {settings_file.DEFAULT}"
 
 
 def _user(_settings: Settings) -> Finding:

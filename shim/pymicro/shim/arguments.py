@@ -35,6 +35,8 @@ class Arguments:
         self.namespace = flags.get("namespace", "")
         self.address = flags.get("address", "")
         self.id = flags.get("id", "")
+        self.containerd = flags.get("publish-binary", "")
+        """containerd's own program; it says of itself which version it is."""
         self.bundle = flags.get("bundle") or os.getcwd()
         on = {name for name in SWITCHES if flags.get(name, "false").lower() not in _FALSE}
         self.debug = "debug" in on

@@ -6,15 +6,13 @@ msgspec are imported, what a mistake needs (difflib, type descriptions) when the
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from pymicro.shim.errors import HostMissing, InvalidRequest, InvalidSettings
+from pymicro.shim import settings_file
+from pymicro.shim.errors import InvalidRequest, InvalidSettings
 
-DEFAULT_FILE = "/etc/pymicro/config.toml"
-ENVIRONMENT = "PYMICRO_CONFIG"
 PREFIX = "io.pymicro."
 MIN_MEMORY_MIB = 96
 GUEST_OVERHEAD_MIB = 128
@@ -40,6 +38,7 @@ StartMode = Annotated[Literal["snapshot", "boot"], Meta(description='"snapshot" 
 Level = Annotated[
     Literal["debug", "info", "warning", "error"], Meta(description='"debug", "info", "warning" or "error"')
 ]
+Protocol = Annotated[Literal["ttrpc", "grpc"], Meta(description='"ttrpc" or "grpc"')]
 Names = Annotated[tuple[str, ...], Meta(description="a list of strings")]
 
 
@@ -90,6 +89,12 @@ class Annotations(Struct, frozen=True):
     allow: Names = ("io.pymicro.vcpus", "io.pymicro.memory_mib", "io.pymicro.start")
 
 
+class Shim(Struct, frozen=True):
+    """`[shim]`: how the shim talks with containerd. `protocol` says which ones can."""
+
+    protocol: Protocol = "ttrpc"
+
+
 class Log(Struct, frozen=True):
     """`[log]`: what the shim writes to containerd's log."""
 
@@ -104,6 +109,7 @@ class Settings(Struct, frozen=True):
     timeouts: Timeouts = Timeouts()
     templates: Templates = Templates()
     annotations: Annotations = Annotations()
+    shim: Shim = Shim()
     log: Log = Log()
 
 
@@ -124,36 +130,33 @@ ANNOTATIONS = {
 """Every annotation that we know, and the key of `[vm]` that it overrides."""
 
 
-def load(path: str | None = None) -> Settings:
-    """Return the settings of the file `path`, else of the one that PYMICRO_CONFIG names, else of DEFAULT_FILE.
+_BODY = "the runtime options' ConfigBody"
+_OPTIONS_OWN = frozenset({"TypeUrl", "ConfigPath", "ConfigBody"})
+"""Keys of the runtime options themselves: CRI sends the whole section as the body where it names no file."""
 
-    DEFAULT_FILE may be absent: all defaults. Raises HostMissing when a file that was named is, InvalidSettings when the
-    content makes no sense.
+
+def load(path: str | None = None, body: bytes = b"") -> Settings:
+    """Return the settings of the file that settings_file.read(path) finds, changed by the TOML text `body`.
+
+    Raises HostMissing when a file that was named is absent, InvalidSettings when the content makes no sense.
     """
-    named = path or os.environ.get(ENVIRONMENT)
-    file = named or DEFAULT_FILE
-    try:
-        content = Path(file).read_bytes()
-    except FileNotFoundError as error:
-        if not named:
-            return Settings()
-        by = "the runtime options' ConfigPath" if path else f"the environment variable {ENVIRONMENT}"
-        raise HostMissing(
-            f"the settings file {file}, named by {by}, does not exist: create it or drop the name"
-        ) from error
-    except OSError as error:
-        raise HostMissing(f"cannot read the settings file {file}: {error.strerror}") from error
-    return parse(content, file)
+    file = settings_file.read(path)
+    settings = parse(file.content, file.path)
+    return parse(body, _BODY, settings, without=_OPTIONS_OWN) if body else settings
 
 
-def parse(content: bytes, file: str) -> Settings:
-    """Return the settings that the TOML text `content` gives; `file` is for messages. Raises InvalidSettings."""
+def parse(content: bytes, file: str, usual: Settings | None = None, *, without: Iterable[str] = ()) -> Settings:
+    """Return the settings that the TOML text `content` gives, `usual` where it says nothing; `file` is for messages.
+
+    Top-level keys in `without` are not looked at. Raises InvalidSettings.
+    """
     try:
         # decoded without types: the checks below give better messages than a decoder can
         document = msgspec.toml.decode(content, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{file} is not valid TOML: {error}") from error
-    sections = {name: getattr(Settings(), name) for name in Settings.__struct_fields__}
+    document = {name: table for name, table in document.items() if name not in without}
+    sections = {name: getattr(usual or Settings(), name) for name in Settings.__struct_fields__}
     _refuse_unknown(document, sections, f"{file}: unknown section", "[{}]")
     for name, table in document.items():
         if not isinstance(table, dict):

@@ -14,6 +14,11 @@ from contextlib import suppress
 from pymicro.shim import freeing, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import sandbox_of
+from pymicro.shim.protowire import field
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 KILLED = 137
 ANSWER = "freed"
@@ -22,47 +27,38 @@ _PATIENCE = 3.0
 """Seconds that containerd's client waits for poststop hooks of a shim that was killed."""
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
     """Return a containerd.task.v2.DeleteResponse as bytes: pid = 1, exit_status = 2, exited_at = 3 (seconds = 1,
     nanos = 2).
-
-    Written out by hand because importing protobuf would take longer than everything else that `delete` does.
     """
-    moment = b"\x08" + _varint(at_ns // 10**9) + b"\x10" + _varint(at_ns % 10**9)
-    fields = b"\x10" + _varint(status) + b"\x1a" + _varint(len(moment)) + moment
-    return (b"\x08" + _varint(pid) if pid else b"") + fields
+    moment = field(1, at_ns // 10**9) + field(2, at_ns % 10**9)
+    return field(1, pid) + field(2, status) + field(3, moment)
 
 
 def delete(arguments: Arguments) -> None:
     """Free what nobody uses any more and answer on stdout."""
     sandbox_id = _sandbox_id(arguments)
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
-    if os.path.isdir(directory) and not _in_use(directory, arguments.id, shared=sandbox_id != arguments.id):
-        for warning in _free(directory):
+    recorded = freeing.recorded(directory, arguments.bundle)
+    if not _in_use(recorded, arguments.id, shared=sandbox_id != arguments.id):
+        for warning in _free(directory, arguments.bundle, recorded):
             os.write(2, f"pymicro: {warning}\n".encode())  # containerd logs it
     os.write(1, delete_response(KILLED, time.time_ns()))
 
 
-def _free(directory: str) -> list[str]:
+def _free(directory: str, bundle: str, recorded: "dict[str, Any]") -> list[str]:
     """Free a sandbox; return what is worth a warning. Poststop hooks go on without us where they need long.
 
     containerd gives `delete` five seconds, kills it then and keeps the bundle.
     """
-    if not state.read(directory).get("poststop"):
-        return freeing.free(directory)
+    if not os.path.isdir(directory):  # nor is there anything to lock, or to write into
+        return freeing.free_recorded(directory, recorded) if recorded else []
+    if not recorded.get("poststop"):
+        return freeing.free(directory, bundle)
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _free_alone(directory, say)
+        _free_alone(directory, bundle, say)
     os.close(say)
     with open(said, "rb") as pipe:
         if not select.select([pipe], [], [], _PATIENCE)[0]:
@@ -72,14 +68,14 @@ def _free(directory: str) -> list[str]:
     return warnings
 
 
-def _free_alone(directory: str, say: int) -> None:
+def _free_alone(directory: str, bundle: str, say: int) -> None:
     """Runs in the child, which nobody waits for or kills, and never returns."""
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):  # containerd waits until the last one has closed them
             os.dup2(null, fd)
-        warnings = freeing.free(directory)
+        warnings = freeing.free(directory, bundle)
         with suppress(BrokenPipeError):
             os.write(say, "\n".join(warnings).encode())
     finally:
@@ -103,9 +99,8 @@ def _sandbox_id(arguments: Arguments) -> str:
         return arguments.id
 
 
-def _in_use(directory: str, container_id: str, *, shared: bool) -> bool:
+def _in_use(recorded: "dict[str, Any]", container_id: str, *, shared: bool) -> bool:
     """Tell whether other containers live in the sandbox, or may be about to: then it is not ours to end."""
-    recorded = state.read(directory)
     if not state.shim_runs(recorded):
         return False
     containers = recorded.get("containers")

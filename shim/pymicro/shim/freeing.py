@@ -25,33 +25,52 @@ _FAREWELL = 1.0
 _POLL = 0.01
 
 
-def free(run_directory: str, *, keep_socket: bool = False) -> list[str]:
+def recorded(run_directory: str, bundle: str = "") -> "dict[str, Any]":
+    """Return what a sandbox has taken: its record, and where that is lost or was never finished, what `lost` finds.
+
+    `bundle` is that of one of its containers, where it is known: it helps to find more.
+    """
+    known = read(run_directory)
+    if "shim_pid" in known:
+        return known
+    from pymicro.shim import lost
+
+    return {**lost.find(run_directory, bundle), **known}
+
+
+def free(run_directory: str, bundle: str = "", *, keep_socket: bool = False) -> list[str]:
     """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in, and done by one at a
     time: who comes second waits, and finds nothing. Returns what is worth a warning.
 
     Its containers' poststop hooks run, within their time-outs. A new shim of the same name keeps the socket: it has
-    bound the path anew.
+    bound the path anew. `bundle` as for recorded().
     """
-    import shutil
-
     lock = _lock(run_directory)
     if lock < 0:
         return []
     try:
-        _end_shim(read(run_directory))
-        state = read(run_directory)  # what it noted last
-        groups = _cgroups(state, "cgroups")
-        cgroup.kill(groups)
-        cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
-        _end_loggers(state)
-        if not keep_socket:
-            _remove_socket(state.get("socket"))
-        for path in _half_made_templates(state):
-            shutil.rmtree(path, ignore_errors=True)
-        warnings = _run_poststop(run_directory, state)
-        shutil.rmtree(run_directory, ignore_errors=True)
+        return free_recorded(run_directory, recorded(run_directory, bundle), keep_socket=keep_socket)
     finally:
         os.close(lock)
+
+
+def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: bool = False) -> list[str]:
+    """Free what `state` says, as free(): for a sandbox that has no run directory any more. Returns warnings."""
+    import shutil
+
+    _end_shim(state)
+    if "shim_pid" in (last := read(run_directory)):
+        state = last  # it may have noted more meanwhile
+    groups = _cgroups(state, "cgroups")
+    cgroup.kill(groups)
+    cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
+    _end_loggers(state)
+    if not keep_socket:
+        _remove_socket(state.get("socket"))
+    for path in _half_made_templates(state):
+        shutil.rmtree(path, ignore_errors=True)
+    warnings = _run_poststop(run_directory, state)
+    shutil.rmtree(run_directory, ignore_errors=True)
     return warnings
 
 

@@ -20,8 +20,12 @@ _GRACE = 1.0
 
 
 def become_guard(ended: int, directory: str, daemon: int, start_pid: int) -> None:
-    """Turn this process into the guard of its child `daemon`; never returns. `ended` is the daemon's pipe."""
+    """Turn this process, which is in the bundle, into the guard of its child `daemon`; never returns.
+
+    `ended` is the daemon's pipe. Where the record is lost, `lost` finds the daemon by this command line.
+    """
     try:
+        bundle = os.getcwd()
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
         pipe = os.dup(ended)
@@ -29,20 +33,20 @@ def become_guard(ended: int, directory: str, daemon: int, start_pid: int) -> Non
             os.dup2(source, fd)
         os.set_inheritable(3, True)  # where the duplicate was 3 already
         os.closerange(4, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
-        free = [sys.executable, "-m", "pymicro.shim.guard", directory, str(daemon), str(start_pid)]
+        free = [sys.executable, "-m", "pymicro.shim.guard", directory, str(daemon), str(start_pid), bundle]
         os.execv(_SHELL, ["pymicro-guard", "-c", _WAIT, "pymicro-guard", *free])  # noqa: S606  # that is the point
     finally:
         os._exit(1)
 
 
-def free_after(directory: str, daemon: int, start_pid: int) -> None:
+def free_after(directory: str, daemon: int, start_pid: int, bundle: str) -> None:
     """Free what `daemon`, our child, has left in `directory`, unless that is another's by now."""
     with suppress(ChildProcessError):
         os.waitpid(daemon, 0)
     time.sleep(_GRACE)
     recorded = state.read(directory)
     if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
-        tell(str(recorded.get("bundle")), freeing.free(directory))
+        tell(bundle, freeing.free(directory, bundle))
 
 
 def tell(bundle: str, warnings: list[str]) -> None:
@@ -57,4 +61,4 @@ def tell(bundle: str, warnings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    free_after(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    free_after(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

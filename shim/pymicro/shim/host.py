@@ -206,10 +206,14 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
 
 
 class Manifest(Struct, frozen=True):
-    """What the build says of a kernel or image: `path` is the manifest's own."""
+    """What the build says of a kernel or image: `path` is the manifest's own. `release` is a kernel's version, `crun`
+    that of an image's crun, "" where it does not say.
+    """
 
     path: Path
     sha256: str
+    release: str = ""
+    crun: str = ""
 
 
 def find_manifest(artifact: Path) -> Manifest | None:
@@ -220,7 +224,8 @@ def find_manifest(artifact: Path) -> Manifest | None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(path.read_bytes())
             if content["file"] == artifact.name:
-                return Manifest(path, str(content["sha256"]))
+                said = (str(content.get(name, "")) for name in ("release", "crun"))
+                return Manifest(path, str(content["sha256"]), *said)
     return None
 
 

@@ -1,11 +1,10 @@
-"""Serving one sandbox over ttrpc until containerd shuts it down."""
+"""Serving one sandbox, over ttrpc or gRPC, until containerd shuts it down."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
-import struct
-from asyncio.trsock import TransportSocket
 from contextlib import suppress
 
 from pymicro.shim import rootfs
@@ -14,14 +13,19 @@ from pymicro.shim.delete import leave_answer
 from pymicro.shim.errors import ShimError, status_code
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
+from pymicro.shim.protocol import GRPC
 from pymicro.shim.sandbox import Sandbox
+from pymicro.shim.sockets import same_user
 from pymicro.shim.state import Record
 from pymicro.shim.timeline import Timeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pymicro.shim.grpc_server import GrpcServer
     from pymicro.shim.service import TaskService
     from pymicro.ttrpc import Server
+
+logger = logging.getLogger(__name__)
 
 EVENTS_LIMIT = 5.0
 """Seconds that the last events may take at the end; containerd may be gone for good."""
@@ -33,15 +37,17 @@ async def serve(
     start: Start, pod: Ignition | ShimError, record: Record, timeline: Timeline, listener: socket.socket
 ) -> None:
     """Serve the pod, or the reason why there is none, until Shutdown; then leave nothing behind."""
+    if "SCHED_CORE" in os.environ:
+        logger.debug("containerd asks for core scheduling (SCHED_CORE); pymicro leaves that out")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # containerd ends a shim by Shutdown or SIGKILL; a stray signal to its process group must not take pods down
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
-    events = Publisher(os.environ.get("TTRPC_ADDRESS") or f"{start.containerd_address}.ttrpc", start.namespace)
+    events = Publisher(start.ttrpc_address, start.namespace)
     sandbox = pod if isinstance(pod, ShimError) else Sandbox(start.sandbox_id, pod, record, events, timeline)
     if isinstance(sandbox, Sandbox):
         await sandbox.guest_runs(_PATIENCE)  # what follows is imported while the guest finds its devices
-    service, server = _task_service(sandbox)
-    serving = asyncio.create_task(server.serve(listener), name="ttrpc")
+    service, server = _task_service(sandbox, start)
+    serving = asyncio.create_task(server.serve(listener), name="server")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
     await asyncio.wait((shutdown, serving), return_when=asyncio.FIRST_COMPLETED)
     shutdown.cancel()
@@ -58,22 +64,20 @@ async def serve(
         await serving
 
 
-def _task_service(sandbox: Sandbox | ShimError) -> "tuple[TaskService, Server]":
+def _task_service(sandbox: Sandbox | ShimError, start: Start) -> "tuple[TaskService, Server | GrpcServer]":
     """Return the Task service over `sandbox`, and the server that offers it under both its names."""
     from pymicro.shim.service import SERVICES, TaskService
     from pymicro.ttrpc import Method, Server
 
     service = TaskService(sandbox)
     methods = {name: Method(handler, request) for name, (request, handler) in service.methods().items()}
-    return service, Server(dict.fromkeys(SERVICES, methods), status_of=_status_of, authorize=_same_user)
+    services = dict.fromkeys(SERVICES, methods)
+    if start.protocol == GRPC:
+        from pymicro.shim.grpc_server import GrpcServer
+
+        return service, GrpcServer(services, start.directory, status_of=_status_of, authorize=same_user)
+    return service, Server(services, status_of=_status_of, authorize=same_user)
 
 
 def _status_of(error: BaseException) -> tuple[int, str] | None:
     return (status_code(error), str(error)) if isinstance(error, ShimError) else None
-
-
-def _same_user(client: TransportSocket) -> bool:
-    """Only the user who runs this shim may command it: the socket's mode says so, and so do the peer's credentials."""
-    size = struct.calcsize("3i")
-    _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return bool(uid == os.geteuid())

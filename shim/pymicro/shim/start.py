@@ -4,61 +4,64 @@ containerd reads stdout and stderr together and until both are closed: one stray
 descriptor blocks containerd. Nothing heavy is imported before the address is out.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import socket
-import struct
 import sys
 import time
 from contextlib import suppress
 
-from pymicro.shim import freeing, lean, state
+from pymicro.shim import bootstrap, freeing, lean, protocol, sockets, state
 from pymicro.shim.arguments import Arguments
+from pymicro.shim.bootstrap import Bootstrap
 from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 from pymicro.shim.guard import GOOD_END, become_guard, tell
-
-SOCKET_DIRECTORY = "/run/containerd/s"
-_BACKLOG = 128
 
 
 def start(arguments: Arguments, begun_ns: int) -> None:
     """Start the daemon of this container's sandbox, or find the one that runs; print its address.
 
-    Raises OSError, ValueError (config.json), RuntimeError with what is wrong.
+    Raises OSError, ValueError (stdin, config.json), RuntimeError with what is wrong.
     """
-    options = sys.stdin.buffer.read()
+    said = bootstrap.parse(sys.stdin.buffer.read(), arguments.id, arguments.namespace)
     annotations = _annotations()
     sandbox_id = sandbox_of(annotations, arguments.id)
-    path = socket_path(arguments.address, arguments.namespace, sandbox_id)
-    listener = bind(path)
+    path = sockets.path(arguments.address, arguments.namespace, sandbox_id, said.socket_dir)
+    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    listener = sockets.bind(path)
     if listener is None:
-        _record_address(path)
-        _answer(path)
+        spoken = str(state.read(directory).get("protocol") or protocol.TTRPC)
+        _record_address(path, spoken)
+        os.write(1, protocol.answer(path, spoken, said))
         return
     if joins_running_sandbox(annotations):
         listener.close()
         os.unlink(path)
         raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
-    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
     with suppress(FileNotFoundError):
         os.unlink(ANSWER)  # of an earlier pod in this bundle
     tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
-    os.makedirs(directory, mode=0o700)
-    record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
-    state.write(directory, {**record, "start_pid": os.getpid()})
-    _record_address(path)  # before there is a daemon: what can fail must not leave one behind
+    choice = protocol.choose(said, arguments.containerd)
+    try:
+        os.makedirs(directory, mode=0o700)
+        record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
+        record |= {"protocol": choice.protocol}
+        state.write(directory, {**record, "start_pid": os.getpid()})
+        _record_address(path, choice.protocol)
+    except BaseException:  # there is no daemon yet, which would free them
+        listener.close()
+        freeing.free(directory)
+        raise
     start_pid = os.getpid()
     if os.fork() == 0:
         ended, end = os.pipe()
         daemon = os.fork()
         if daemon == 0:
             os.close(ended)
-            _become_daemon(arguments, sandbox_id, path, listener, options, begun_ns, end)
+            _become_daemon(arguments, said, choice, record, listener, begun_ns, end)
         become_guard(ended, directory, daemon, start_pid)
-    _answer(path)
+    os.write(1, protocol.answer(path, choice.protocol, said))
 
 
 def _annotations() -> dict[str, str]:
@@ -70,67 +73,19 @@ def _annotations() -> dict[str, str]:
     return annotations
 
 
-def socket_path(address: str, namespace: str, sandbox_id: str) -> str:
-    """Return where the sandbox's shim listens: the place that containerd's own shims use."""
-    name = hashlib.sha256(f"{address}/{namespace}/{sandbox_id}".encode()).hexdigest()
-    return f"{SOCKET_DIRECTORY}/{name}"
-
-
-def bind(path: str) -> socket.socket | None:
-    """Return a socket that listens at `path`, or None when a shim of ours listens there already.
-
-    A leftover socket that nobody listens at is replaced. Raises OSError.
-    """
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.exists(path):
-            if _answers(path):
-                return None
-            os.unlink(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(mask)
-        listener.listen(_BACKLOG)
-        return listener
-    finally:
-        os.close(lock)
-
-
-def _answers(path: str) -> bool:
-    """Tell whether a process of our own user listens at `path`."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        try:
-            client.connect(path)
-        except OSError:
-            return False
-        size = struct.calcsize("3i")
-        _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        return bool(uid == os.geteuid())
-
-
-def _record_address(path: str) -> None:
+def _record_address(path: str, spoken: str) -> None:
     """Write the address into the bundle, where containerd 1.6 and 1.7 look for it after a restart."""
-    with open("address.new", "w", encoding="ascii") as file:
-        file.write(f"unix://{path}")
+    with open("address.new", "wb") as file:
+        file.write(protocol.in_bundle(path, spoken))
     os.replace("address.new", "address")
-
-
-def _answer(path: str) -> None:
-    """Tell containerd the address."""
-    os.write(1, f"unix://{path}".encode())
 
 
 def _become_daemon(
     arguments: Arguments,
-    sandbox_id: str,
-    path: str,
+    said: Bootstrap,
+    choice: protocol.Choice,
+    record: dict[str, str],
     listener: socket.socket,
-    options: bytes,
     begun_ns: int,
     end: int,
 ) -> None:
@@ -151,13 +106,17 @@ def _become_daemon(
         run(
             Start(
                 namespace=arguments.namespace,
-                sandbox_id=sandbox_id,
-                containerd_address=arguments.address,
-                bundle=os.getcwd(),
-                directory=state.directory(arguments.address, arguments.namespace, sandbox_id),
-                socket_path=path,
-                options=options,
-                debug=arguments.debug,
+                sandbox_id=record["sandbox"],
+                bundle=record["bundle"],
+                directory=state.directory(arguments.address, arguments.namespace, record["sandbox"]),
+                socket_path=record["socket"],
+                protocol=choice.protocol,
+                warning=choice.warning,
+                ttrpc_address=_ttrpc_address(arguments, said),
+                config_path=said.options.config_path,
+                config_body=said.options.config_body,
+                shim_cgroup=said.options.shim_cgroup,
+                debug=arguments.debug or said.debug,
                 begun_ns=begun_ns,
             ),
             listener,
@@ -171,6 +130,12 @@ def _become_daemon(
             os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
+
+
+def _ttrpc_address(arguments: Arguments, said: Bootstrap) -> str:
+    """Return where containerd takes events."""
+    named = said.ttrpc_address or os.environ.get("TTRPC_ADDRESS")
+    return named or f"{said.grpc_address or arguments.address}.ttrpc"
 
 
 def _open_log() -> int:

@@ -6,15 +6,13 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from pymicro.protos import process_pb2, runc_pb2, runtimeoptions_pb2, task_pb2
+from pymicro.protos import process_pb2, runc_pb2, task_pb2
 from pymicro.shim.container import Container
 from pymicro.shim.errors import InvalidRequest
 from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted, ExecProcess, Exit, Mount, ProcessInfo, StdioPaths
-
-_OPTIONS = "runtimeoptions.v1.Options"  # containerd 1.6 says cri.runtimeoptions.v1.Options
 
 
 def timestamp(moment: datetime) -> Timestamp:
@@ -27,21 +25,6 @@ def timestamp(moment: datetime) -> Timestamp:
 def pack(message: Message) -> AnyMessage:
     """Return `message` in an Any as containerd's typeurl reads it: the bare name, without Python's host prefix."""
     return AnyMessage(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
-
-
-def config_path(options: bytes) -> str | None:
-    """Return the settings file that the runtime options (an Any, as containerd writes it to `start`'s stdin) name.
-
-    Options of other types, such as runc's own, are for others: tolerated and ignored.
-    """
-    message = AnyMessage()
-    try:
-        message.ParseFromString(options)
-        if not message.type_url.endswith(_OPTIONS):
-            return None
-        return runtimeoptions_pb2.Options.FromString(message.value).config_path or None
-    except DecodeError:
-        return None
 
 
 def create_request(request: task_pb2.CreateTaskRequest) -> CreateContainer:
