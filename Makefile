@@ -135,7 +135,7 @@ $(STAMPS)/go: | $(STAMPS)/packages
 	@touch $@
 
 # The stamp lies in the environment, so that it goes with it.
-.venv/.installed: pyproject.toml | $(STAMPS)/packages
+.venv/.installed: pyproject.toml shim/bin/containerd-shim-pymicro-v1 | $(STAMPS)/packages
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
