@@ -35,7 +35,7 @@ PACKAGES := \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check unit integration e2e slow kvm-test kvm-lab bench kernel rootfs protos install uninstall up down clean
+.PHONY: help run test check unit integration e2e slow kvm-test kvm-lab conformance bench kernel rootfs protos install uninstall up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,10 @@ kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (PYTE
 kvm-lab: export LAB_COMMAND = $(ARGS)
 kvm-lab: ready ## run a command (ARGS="...") or a shell on that host, for LIMIT seconds at most
 	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
+
+conformance: ready ## run containerd's own client suite with runc and pymicro and compare (TESTS="TestOne TestTwo" ALL=1)
+	@$(SUDO) env TESTS="$(TESTS)" ALL="$(ALL)" TEST_LIMIT="$(TEST_LIMIT)" \
+	  $(VENV)/python -m tests.conformance.containerd_suite
 
 bench: ready ## measure starts, exec, memory and throughput against runc and the bare QEMU (ROUNDS=2 WAVES=1,5 IDLE=1,5)
 	$(SUDO) env $(foreach name,ROUNDS WAVES IDLE MEGABYTES,$(if $($(name)),$(name)=$($(name)))) $(VENV)/python -m tests.bench
@@ -131,7 +135,7 @@ $(STAMPS)/go: | $(STAMPS)/packages
 	@touch $@
 
 # The stamp lies in the environment, so that it goes with it.
-.venv/.installed: pyproject.toml | $(STAMPS)/packages
+.venv/.installed: pyproject.toml shim/bin/containerd-shim-pymicro-v1 | $(STAMPS)/packages
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@

@@ -1,11 +1,10 @@
 """The image `localhost/busybox:latest`: an OCI archive made from the host's static busybox, no registry needed."""
 
-import hashlib
-import io
-import json
 import subprocess
 import tarfile
 from pathlib import Path
+
+from tests.framework.oci import Blobs, Layer, add_file, as_json
 
 NAME = "localhost/busybox:latest"
 BUSYBOX = Path("/bin/busybox")
@@ -26,69 +25,31 @@ DIRECTORIES = (
 
 def write_archive(archive: Path) -> None:
     """Write the image as an OCI archive that `ctr images import` takes. The same busybox gives the same bytes."""
-    layer = _layer()
-    config = {
-        "architecture": "amd64",
-        "os": "linux",
-        "config": {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]},
-        "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
-        "history": [{"created_by": "pymicro tests/framework/busybox.py"}],
-    }
-    blobs: dict[str, bytes] = {}
-
-    def add(kind: str, data: bytes) -> dict[str, object]:
-        blobs[_digest(data)] = data
-        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": _digest(data), "size": len(data)}
-
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": add("config.v1+json", _json(config)),
-        "layers": [add("layer.v1.tar", layer)],
-    }
-    entry = add("manifest.v1+json", _json(manifest))
-    entry["platform"] = {"architecture": "amd64", "os": "linux"}
+    blobs = Blobs()
+    entry = blobs.add_image([layer()], ["sh"], created_by="pymicro tests/framework/busybox.py")
     entry["annotations"] = {"io.containerd.image.name": NAME, "org.opencontainers.image.ref.name": "latest"}
     with tarfile.open(archive, "w") as tar:
-        _file(tar, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
-        _file(tar, "index.json", _json({"schemaVersion": 2, "manifests": [entry]}))
-        for digest, data in blobs.items():
-            _file(tar, f"blobs/{digest.replace(':', '/')}", data)
+        add_file(tar, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
+        add_file(tar, "index.json", as_json({"schemaVersion": 2, "manifests": [entry]}))
+        for digest, blob in blobs.by_digest.items():
+            add_file(tar, f"blobs/{digest.replace(':', '/')}", blob.data)
 
 
 def write_root(directory: Path) -> None:
     """Unpack the image's root filesystem into `directory`, for a spec that names one."""
     directory.mkdir()
-    subprocess.run(["tar", "--extract", "--directory", directory], input=_layer(), check=True)
+    subprocess.run(["tar", "--extract", "--directory", directory], input=layer(), check=True)
 
 
-def _layer() -> bytes:
+def layer() -> bytes:
+    """Return a root filesystem's tar archive: busybox, a link for each of its applets, users and groups."""
     applets = subprocess.run([BUSYBOX, "--list"], capture_output=True, text=True, check=True).stdout.split()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, mode, owner in DIRECTORIES:
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.mode, entry.uid, entry.gid = tarfile.DIRTYPE, mode, owner, owner
-            tar.addfile(entry)
-        _file(tar, "bin/busybox", BUSYBOX.read_bytes(), mode=0o755)
-        for applet in sorted(set(applets) - {"busybox"}):
-            entry = tarfile.TarInfo(f"bin/{applet}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
-            tar.addfile(entry)
-        _file(tar, "etc/passwd", PASSWD.encode())
-        _file(tar, "etc/group", GROUP.encode())
-    return buffer.getvalue()
-
-
-def _file(tar: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode = len(data), mode
-    tar.addfile(entry, io.BytesIO(data))
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+    found = Layer()
+    for name, mode, owner in DIRECTORIES:
+        found.directory(name, mode, owner)
+    found.file("bin/busybox", BUSYBOX.read_bytes(), mode=0o755)
+    for applet in sorted(set(applets) - {"busybox"}):
+        found.link(f"bin/{applet}", "busybox")
+    found.file("etc/passwd", PASSWD.encode())
+    found.file("etc/group", GROUP.encode())
+    return found.data()

@@ -110,7 +110,7 @@ class Containerd:
         Python environment, `environment` adds to the daemon's (and so the shim's). Raises ContainerdError.
         """
         self.remove_remains()
-        self._lay_out(shim or REPOSITORY / ".venv/bin" / SHIM)
+        self.lay_out(shim)
         self._extra_environment = environment or {}
         self.log.write_bytes(b"")
         self._spawn()
@@ -208,14 +208,15 @@ class Containerd:
 
     # -- laying out the directory -------------------------------------------------------------------------------------
 
-    def _lay_out(self, shim: Path) -> None:
+    def lay_out(self, shim: Path | None = None) -> None:
+        """Put programs, settings and configuration in place, as `start` does; `shim` replaces this checkout's."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.home != self.directory:
             self._link_home()
         self.bin.mkdir()
         for program in tool(f"containerd-{self.version}").iterdir():
             (self.bin / program.name).symlink_to(program.resolve())
-        (self.bin / SHIM).symlink_to(shim)
+        (self.bin / SHIM).symlink_to(shim or REPOSITORY / ".venv/bin" / SHIM)
         (self.bin / "pymicroctl").symlink_to(REPOSITORY / ".venv/bin/pymicroctl")
         self.write_settings()
         (self.home / "containerd.toml").write_text(self._configuration())

@@ -327,8 +327,26 @@ def test_delete_after_a_good_end_is_answered_without_python(host: Host) -> None:
 def test_everything_else_is_pythons(host: Host, action: str) -> None:
     if action == "start":
         delete.leave_answer(str(host.bundle))
-    result = subprocess.run([program_alone(host), action], cwd=host.bundle, capture_output=True, check=False)
-    assert b"python3" in result.stderr
+    without = {"PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [program_alone(host), action], cwd=host.bundle, capture_output=True, env=without, check=False
+    )
+    assert (result.returncode, result.stdout) == (127, b"")
+    assert b"no python3 beside it" in result.stderr and b"make a link" in result.stderr
+
+
+def test_a_copy_of_the_program_belongs_to_the_installation_on_path(host: Host) -> None:
+    installed, search = host.run / "installed", host.run / "search"
+    for directory in (installed, search):
+        directory.mkdir(parents=True)
+    shutil.copy(PROGRAM_FILE, installed)
+    (search / PROGRAM_FILE.name).symlink_to(installed / PROGRAM_FILE.name)
+    python = installed / "python3"
+    python.write_text('#!/bin/sh\necho "$0" "$2" "$3"\n')
+    python.chmod(0o755)
+    copy, path = program_alone(host), {"PATH": f"{search}:/usr/bin:/bin"}
+    result = subprocess.run([copy, "-v"], cwd=host.bundle, capture_output=True, text=True, env=path, check=True)
+    assert result.stdout.split() == [str(python), str(copy), "-v"]
 
 
 def test_answer_for_a_bundle_that_is_gone(tmp_path: Path) -> None:
