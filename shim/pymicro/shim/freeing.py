@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 from pymicro.shim import cgroup
-from pymicro.shim.state import read, shim_runs, start_time, write
+from pymicro.shim.state import process_stat, read, shim_runs, start_time, write
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def _is_logger(pid: str, started: object) -> bool:
 def _lives(pid: int) -> bool:
     """Tell whether a process is there and no zombie."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+        return process_stat(pid)[1][0] not in {"Z", "X"}
     except (OSError, IndexError):
         return False
 

@@ -22,7 +22,7 @@ import grpc  # type: ignore[import-untyped]  # it ships no types, and reads its 
 from google.protobuf.message import Message
 from pymicro.ttrpc.methods import Method
 from pymicro.ttrpc.server import Authorize
-from pymicro.ttrpc.status import Code, StatusOf
+from pymicro.ttrpc.status import StatusError, StatusOf, defect, known
 
 logger = logging.getLogger(__name__)
 
@@ -140,17 +140,17 @@ def _answering(
         try:
             return await method.handler(request)
         except Exception as error:  # whatever a handler raises becomes its answer
-            code, text = _classify(name, error, status_of)
+            found = _classify(name, error, status_of)
             # a file name that is no UTF-8 may have found its way into a message as surrogates
-            await context.abort(_CODES.get(code, grpc.StatusCode.UNKNOWN), text.encode(errors="replace").decode())
+            text = found.message.encode(errors="replace").decode()
+            await context.abort(_CODES.get(found.code, grpc.StatusCode.UNKNOWN), text)
             raise AssertionError("abort() raises") from error
 
     return answer
 
 
-def _classify(name: str, error: Exception, status_of: StatusOf) -> tuple[int, str]:
-    """Return the status of an exception, as ttrpc's server does it."""
-    if known := status_of(error):
-        return known
+def _classify(name: str, error: Exception, status_of: StatusOf) -> StatusError:
+    if found := known(error, status_of):
+        return found
     logger.error("%s failed", name, exc_info=error)
-    return Code.UNKNOWN, str(error) or type(error).__name__
+    return defect(error)

@@ -13,6 +13,8 @@ from pymicro.shim import freeing, state
 
 GOOD_END = b"\n"
 """What a daemon says on its pipe when nothing is left to be freed. A pipe that closes without is a daemon that died."""
+NAME = "pymicro-guard"
+"""The guard's first word, by which it is known."""
 _SHELL = "/bin/sh"
 _WAIT = 'read -r end <&3 || exec "$@"'
 _GRACE = 1.0
@@ -34,7 +36,7 @@ def become_guard(ended: int, directory: str, daemon: int, start_pid: int) -> Non
         os.set_inheritable(3, True)  # where the duplicate was 3 already
         os.closerange(4, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
         free = [sys.executable, "-m", "pymicro.shim.guard", directory, str(daemon), str(start_pid), bundle]
-        os.execv(_SHELL, ["pymicro-guard", "-c", _WAIT, "pymicro-guard", *free])  # noqa: S606  # that is the point
+        os.execv(_SHELL, [NAME, "-c", _WAIT, NAME, *free])  # noqa: S606  # that is the point
     finally:
         os._exit(1)
 

@@ -19,15 +19,14 @@ import os
 import stat
 from contextlib import suppress
 
-from pymicro.shim import cgroup
-from pymicro.shim.state import start_time
+from pymicro.shim import cgroup, guard
+from pymicro.shim.state import process_stat, start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_GUARD = b"pymicro-guard"
-_ANCHOR = "pymicro-anchor"
+_ANCHOR = "pymicro-anchor"  # anchor.NAME, whose module takes asyncio
 _HOOK_LIMIT = 20.0
 """Seconds for a hook without a time-out: the default of the setting `timeouts.hook`, whose file is not read here."""
 _SOCKET_NAME = 64
@@ -39,10 +38,7 @@ class _Process:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            head, _, rest = file.read().rpartition(")")
-        self.name = head.partition("(")[2]
-        words = rest.split()
+        self.name, words = process_stat(pid)
         self.parent, self.session = int(words[1]), int(words[3])  # proc(5), fields 4 and 6
         self.namespace = os.readlink(f"/proc/{pid}/ns/mnt")
 
@@ -99,7 +95,7 @@ def _guarded(run_directory: str, everything: dict[int, _Process]) -> int:
         with suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 words = file.read().split(b"\0")
-            if words[0] == _GUARD:
+            if words[0] == os.fsencode(guard.NAME):
                 daemon = int(words[words.index(os.fsencode(run_directory)) + 1])
                 if daemon in everything and everything[daemon].parent == pid:
                     return daemon
@@ -177,8 +173,9 @@ def _poststop(container_id: str, bundle: str) -> "dict[str, Any]":
     wanted = hooks.get("poststop") if isinstance(hooks, dict) else None
     if not wanted:
         return {}
-    state = {"ociVersion": spec.get("ociVersion"), "id": container_id, "status": "stopped", "bundle": bundle}
-    return {"hooks": wanted, "state": {**state, "annotations": spec.get("annotations") or {}}, "limit": _HOOK_LIMIT}
+    from pymicro.shim.hooks import state
+
+    return {"hooks": wanted, "state": state(spec, container_id, bundle, "stopped"), "limit": _HOOK_LIMIT}
 
 
 def _spec(bundle: str) -> "dict[str, Any]":

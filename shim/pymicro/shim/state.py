@@ -61,14 +61,22 @@ def read(run_directory: str) -> "dict[str, Any]":
     return state if isinstance(state, dict) else {}
 
 
+def process_stat(pid: int) -> "tuple[str, list[str]]":
+    """Return a process's name, and what the kernel says of it from its state on (proc(5), field 3 and later). Raises
+    OSError for one that is gone.
+    """
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+        head, _, rest = file.read().rpartition(")")  # the name may hold anything, parentheses too
+    return head.partition("(")[2], rest.split()
+
+
 def start_time(pid: int) -> int:
     """Return when a process started, in clock ticks since boot (proc(5), field 22), 0 if it is gone.
 
     Together with the pid it names a process for certain: pids are used again.
     """
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+        return int(process_stat(pid)[1][19])
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -12,7 +12,7 @@ from pymicro.ttrpc.connection import Connection
 from pymicro.ttrpc.frame import Frame, Oversize
 from pymicro.ttrpc.messages_pb2 import Request, Response, Status
 from pymicro.ttrpc.methods import AnyMethod, Call, Method, Services, StreamMethod, current_call
-from pymicro.ttrpc.status import Code, StatusError, StatusOf
+from pymicro.ttrpc.status import Code, StatusError, StatusOf, defect, known
 from pymicro.ttrpc.streaming import ServerStream, too_large
 
 _log = logging.getLogger(__name__)
@@ -215,14 +215,11 @@ class ServerConnection(Connection):
             self._send_status(number, StatusError(Code.INTERNAL, "the error cannot be reported"))
 
     def _classify(self, request: Request, error: Exception) -> StatusError:
-        if isinstance(error, StatusError):
-            return error
-        known = self._status_of(error)
-        if known is not None:
-            return StatusError(*known)
+        if found := known(error, self._status_of):
+            return found
         if not self.closing:
             _log.error("%s/%s failed", request.service, request.method, exc_info=error)
-        return StatusError(Code.UNKNOWN, str(error) or type(error).__name__)
+        return defect(error)
 
 
 async def _unary(method: Method[Any], payload: bytes) -> bytes:

@@ -68,6 +68,20 @@ StatusOf: TypeAlias = Callable[[BaseException], tuple[int, str] | None]
 
 _KNOWN_CODES = frozenset(Code)
 
+
+def known(error: Exception, status_of: StatusOf) -> StatusError | None:
+    """Return the status that a handler's exception stands for, None if it is a defect."""
+    if isinstance(error, StatusError):
+        return error
+    found = status_of(error)
+    return StatusError(*found) if found is not None else None
+
+
+def defect(error: Exception) -> StatusError:
+    """Return the status of an exception that nobody has foreseen."""
+    return StatusError(Code.UNKNOWN, str(error) or type(error).__name__)
+
+
 _BY_TYPE: dict[type[BaseException], Code] = {
     FileExistsError: Code.ALREADY_EXISTS,
     FileNotFoundError: Code.NOT_FOUND,
