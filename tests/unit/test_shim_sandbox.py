@@ -18,7 +18,7 @@ from pymicro.shim.errors import (
 )
 from pymicro.shim.hypervisor.fake import HELLO, FakeGuest, Refused
 from pymicro.shim.process import Status
-from pymicro.shim.requests import StdioPaths
+from pymicro.shim.requests import ExecProcess, StdioPaths
 from pymicro.wire import messages
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
@@ -229,6 +229,28 @@ async def test_exec_that_cannot_start_releases_who_waits_and_may_be_tried_again(
         assert (await waiting).status == 6
         assert container.process("e1").status is Status.STOPPED
         await container.delete_exec("e1")
+
+
+@asynchronous
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_the_request_decides_whether_an_exec_has_a_terminal(tmp_path: Path, terminal: bool) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        process = {"args": ["ps"], "cwd": "/", "terminal": not terminal}  # as the container's own, passed on
+        container.add_exec(ExecProcess("e1", StdioPaths("", "", "", terminal=terminal), process))
+        await p.sandbox.start("c1", "e1")
+        name, told = p.guest.requests[-1]
+        assert (name, told["terminal"], told["process"]["terminal"]) == ("exec", terminal, terminal)
+
+
+@asynchronous
+async def test_a_container_whose_request_and_spec_disagree_on_a_terminal_is_refused(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        with pytest.raises(
+            InvalidRequest, match=r"a terminal is asked for, but process\.terminal in the spec is false"
+        ):
+            await p.create(stdio=StdioPaths("", "", "", terminal=True))
+        assert p.sandbox.idle
 
 
 @asynchronous

@@ -121,7 +121,12 @@ class Container:
                 {
                     "container": self.id,
                     "exec": process.exec_id,
-                    "process": guest_process(self._exec_specs[process.exec_id]),
+                    # the request decides: clients pass the container's own process on, as with containerd's runc shim
+                    # (cmd/containerd-shim-runc-v2/process/init.go)
+                    "process": {
+                        **guest_process(self._exec_specs[process.exec_id]),
+                        "terminal": process.paths.terminal,
+                    },
                     "terminal": process.paths.terminal,
                     "streams": tokens,
                 },

@@ -16,7 +16,7 @@ from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
 from pymicro.shim.containerhooks import ContainerHooks
-from pymicro.shim.errors import AlreadyExists, GuestError, NotFound, SandboxDied, ShimError, StepTimeout
+from pymicro.shim.errors import AlreadyExists, GuestError, InvalidRequest, NotFound, SandboxDied, ShimError, StepTimeout
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.process import Process
@@ -219,6 +219,11 @@ class Sandbox:
         folder = f"{number}-{request.id}"
         limit = self.settings.timeouts.hook
         plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder, hook_limit=limit)
+        if plan.terminal != request.stdio.terminal:
+            asked = "a terminal" if request.stdio.terminal else "no terminal"
+            raise InvalidRequest(
+                f"{asked} is asked for, but process.terminal in the spec is {str(plan.terminal).lower()}"
+            )
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
         hooks = ContainerHooks(request.id, bundle, plan.hooks, self._record, limit)
