@@ -203,6 +203,17 @@ def test_a_namespace_of_the_host_is_refused_with_the_option_that_asks_for_it(kin
     assert option in refused(spec)
 
 
+def test_a_container_that_asks_for_the_hosts_processes_may_get_its_vms() -> None:
+    spec = ctr_spec()
+    spec["linux"]["namespaces"] = [each for each in spec["linux"]["namespaces"] if each["type"] != "pid"]
+    found = namespaces(build(spec, "c1", host_pid="guest"))
+    assert "pid" not in found
+    assert found["network"] == "/proc/1/ns/net"
+    spec["linux"]["namespaces"] = [each for each in spec["linux"]["namespaces"] if each["type"] != "ipc"]
+    with pytest.raises(Unsupported, match="no ipc namespace"):
+        build(spec, "c1", host_pid="guest")
+
+
 def test_a_spec_without_a_linux_section_is_refused() -> None:
     spec = ctr_spec()
     del spec["linux"]

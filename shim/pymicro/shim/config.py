@@ -35,6 +35,7 @@ Program = Annotated[str, Meta(min_length=1, description="an absolute path, or a 
 HypervisorName = Annotated[Literal["qemu", "cloud-hypervisor"], Meta(description='"qemu" or "cloud-hypervisor"')]
 Accel = Annotated[Literal["auto", "kvm", "tcg"], Meta(description='"auto", "kvm" or "tcg"')]
 StartMode = Annotated[Literal["snapshot", "boot"], Meta(description='"snapshot" or "boot"')]
+HostPid = Annotated[Literal["refuse", "guest"], Meta(description='"refuse" or "guest"')]
 Level = Annotated[
     Literal["debug", "info", "warning", "error"], Meta(description='"debug", "info", "warning" or "error"')
 ]
@@ -51,6 +52,7 @@ class Vm(Struct, frozen=True):
     memory_mib: Memory = 256
     max_vcpus: CountOrZero = 0
     start: StartMode = "snapshot"
+    host_pid: HostPid = "refuse"
 
 
 class Paths(Struct, frozen=True):

@@ -100,13 +100,15 @@ def build(
     *,
     folder: str | None = None,
     hook_limit: float | None = None,
+    host_pid: str = "refuse",
 ) -> GuestPlan:
     """Return the plan for `container_id` with the OCI runtime spec `spec`, which stays as it is.
 
     `folder` is the container's directory in the share, named after its id unless the caller knows better.
     `guest_pids` maps the task pids (on the host) of this pod's containers to the pids of their init processes in the
     guest, AGENT_PID for the sandbox: `/proc/<pid>/ns/...` of these can be joined. `hook_limit` is in seconds, for
-    those hooks in the guest that have no time-out. Raises InvalidRequest where the spec makes no sense, Unsupported
+    those hooks in the guest that have no time-out. `host_pid` is the setting: what a container gets that asks for the
+    host's processes. Raises InvalidRequest where the spec makes no sense, Unsupported
     where it asks for what a VM cannot give.
     """
     _check_version(spec)
@@ -118,7 +120,7 @@ def build(
         raise InvalidRequest("the spec has no process.args: the image has no command and none was given")
     share = f"{GUEST_SHARE}/{folder or container_id}"
     mounts, binds = _mounts(_objects(spec, "mounts"), share)
-    linux, dropped = _linux(_object(spec, "linux"), container_id, guest_pids or {})
+    linux, dropped = _linux(_object(spec, "linux"), container_id, guest_pids or {}, host_pid)
     host_hooks, guest_hooks = _hooks(_object(spec, "hooks"), hook_limit)
     guest: Json = {key: spec[key] for key in _TOP_LEVEL if key in spec}
     guest |= {"root": {**root, "path": f"{share}/rootfs"}, "process": guest_process(process), "mounts": mounts}
@@ -186,13 +188,15 @@ def _bind(mount: Json, source: str, options: list[str], binds: list[Bind], share
     return {**mount, "type": "bind", "source": f"{share}/mounts/{name}", "options": options}
 
 
-def _linux(linux: Json, container_id: str, guest_pids: Mapping[int, int]) -> tuple[Json, tuple[str, ...]]:
+def _linux(
+    linux: Json, container_id: str, guest_pids: Mapping[int, int], host_pid: str
+) -> tuple[Json, tuple[str, ...]]:
     if linux.get("netDevices"):
         raise Unsupported("linux.netDevices would move network interfaces of the host into a VM; use a CNI network")
     if (linux.get("seccomp") or {}).get("listenerPath"):
         raise Unsupported("linux.seccomp.listenerPath: a seccomp agent on the host cannot answer for another kernel")
     guest = {key: value for key, value in linux.items() if key not in _HOST_ONLY_LINUX and value is not None}
-    guest["namespaces"] = _namespaces(_objects(linux, "namespaces"), guest_pids)
+    guest["namespaces"] = _namespaces(_objects(linux, "namespaces"), guest_pids, host_pid)
     guest["cgroupsPath"] = f"/pymicro/{container_id}"
     if "resources" in guest:
         guest["resources"] = guest_resources(_object(linux, "resources"))
@@ -210,18 +214,18 @@ def _in_guest(device: Json) -> bool:
 
 _HOST_NAMESPACES = {
     "network": "a VM has no part in the host's network (--net-host, --network host, hostNetwork); use a CNI network",
-    "pid": "a VM has no part in the host's processes (--pid host, hostPID)",
+    "pid": "a VM has no part in the host's processes (--pid host, hostPID); vm.host_pid = \"guest\" gives it the VM's",
     "ipc": "a VM has no part in the host's System V IPC (--ipc host, hostIPC)",
     "uts": "a VM has a host name of its own (--uts host)",
 }
 """Why a namespace that the spec leaves out, which is to say the host's, is refused."""
 
 
-def _namespaces(namespaces: Sequence[Json], guest_pids: Mapping[int, int]) -> list[Json]:
+def _namespaces(namespaces: Sequence[Json], guest_pids: Mapping[int, int], host_pid: str) -> list[Json]:
     """Return the container's namespaces in the guest. Raises Unsupported for those of the host and of other VMs."""
     wanted = {str(namespace.get("type")): str(namespace.get("path") or "") for namespace in namespaces}
     for kind, why in _HOST_NAMESPACES.items():
-        if kind not in wanted:
+        if kind not in wanted and (kind, host_pid) != ("pid", "guest"):
             raise Unsupported(f"the spec has no {kind} namespace: {why}")
     guest = []
     for kind, path in wanted.items():

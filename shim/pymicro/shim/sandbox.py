@@ -218,7 +218,14 @@ class Sandbox:
         number = next(self._folders)
         folder = f"{number}-{request.id}"
         limit = self.settings.timeouts.hook
-        plan = guestspec.build(bundle.spec, request.id, self._guest_pids(), folder=folder, hook_limit=limit)
+        plan = guestspec.build(
+            bundle.spec,
+            request.id,
+            self._guest_pids(),
+            folder=folder,
+            hook_limit=limit,
+            host_pid=self.settings.vm.host_pid,
+        )
         if plan.terminal != request.stdio.terminal:
             asked = "a terminal" if request.stdio.terminal else "no terminal"
             raise InvalidRequest(
