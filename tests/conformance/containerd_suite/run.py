@@ -18,7 +18,10 @@ from tests.framework.waiting import seconds
 
 CGROUPS = Path("/sys/fs/cgroup")
 SUITE_NAMESPACE = "testing"
-"""The containerd namespace that the suite uses, and so the cgroup of its containers."""
+"""The containerd namespace that most of the suite uses."""
+
+CGROUP_NAMES = (SUITE_NAMESPACE, f"{SUITE_NAMESPACE}-Test*", "n" * 76)
+"""The cgroups of its containers: two tests have namespaces of their own, one a namespace of the longest name."""
 
 GRACE = 30.0
 """Seconds between the limit that the test program keeps itself, saying what it waits for, and the end by SIGKILL."""
@@ -119,6 +122,7 @@ def _free(containerd: Containerd) -> None:
     for name in ("root", "state"):
         shutil.rmtree(containerd.home / name, ignore_errors=True)
     hierarchies = [CGROUPS, *(path for path in CGROUPS.iterdir() if path.is_dir())]
-    for cgroup in [path for root in hierarchies for path in (root / SUITE_NAMESPACE).glob("**/")][::-1]:
+    tops = [top for root in hierarchies for name in CGROUP_NAMES for top in root.glob(name)]
+    for cgroup in [path for top in tops for path in top.glob("**/")][::-1]:
         with suppress(OSError):
             cgroup.rmdir()

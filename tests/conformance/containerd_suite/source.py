@@ -27,9 +27,13 @@ EDITED = {
     "integration/client/client_test.go": (
         "waitCtx, waitCancel := context.WithTimeout(ctx, 4*time.Second)",
         "waitCtx, waitCancel := context.WithTimeout(ctx, 60*time.Second)",
-    )
+    ),
+    "integration/client/restart_monitor_test.go": (
+        "waitCtx, waitCancel := context.WithTimeout(context.TODO(), 2*time.Second)",
+        "waitCtx, waitCancel := context.WithTimeout(context.TODO(), 60*time.Second)",
+    ),
 }
-"""A line and what takes its place. The daemon may take its time to start where a machine is busy: no test has begun."""
+"""A line and what takes its place: a daemon may take its time to start where a machine is busy, no test has begun."""
 
 PROGRAMS = {"runc-fp": "./integration/failpoint/cmd/runc-fp"}
 """What the suite expects on PATH besides containerd: a runc that fails on demand, for the regression tests."""
