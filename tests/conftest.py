@@ -26,6 +26,9 @@ from tests.framework.waiting import SLOWER, seconds
 # as the shim has it; gRPC reads it when it is imported, and would meddle with every fork of this process
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+LONGEST = 600.0
+"""Seconds that slowness makes of a test's limit at most: what hangs shall be named before the whole run is ended."""
+
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 
 
@@ -57,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if SLOWER != 1:
             marker = item.get_closest_marker("timeout")
             usual = marker.args[0] if marker else item.config.getini("timeout")
-            item.add_marker(pytest.mark.timeout(seconds(float(usual))), append=False)
+            item.add_marker(pytest.mark.timeout(max(float(usual), min(seconds(float(usual)), LONGEST))), append=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

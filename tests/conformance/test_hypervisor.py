@@ -99,8 +99,8 @@ async def serves(vmm: Vmm, place: Place, origin: Boot | Template) -> None:
     async with vmm.running(place, origin) as vm:
         channel, said = await hello(vm)
         assert (said["hello"], said["version"]) == ("control", messages.PROTOCOL_VERSION)
-        setup = {"hostname": "pod", "machine_id": "0" * 32, "entropy": "00" * 64, "hello_time_ns": time.time_ns()}
-        reply = await ask(channel, "setup", **setup)
+        setup = {"hostname": "pod", "machine_id": "0" * 32, "entropy": "00" * 64}
+        reply = await ask(channel, "setup", hello_time_ns=time.time_ns(), setup_time_ns=time.time_ns(), **setup)
         assert "result" in reply, f"the guest could not mount its share: {reply}"
         channel.close()
 

@@ -228,7 +228,7 @@ class Guest:
                 raise TimeoutError(f"no hello; the console says:\n{self.console.read_text()[-2000:]}")
         assert self._control
         parameters = {"entropy": os.urandom(64).hex(), "hostname": "guest", "machine_id": self.machine_id}
-        self.call("setup", hello_time_ns=self._control.heard_ns, **parameters)
+        self.call("setup", hello_time_ns=self._control.heard_ns, setup_time_ns=time.time_ns(), **parameters)
         return self._control.hello
 
     # The protocol

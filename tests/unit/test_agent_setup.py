@@ -10,7 +10,15 @@ from pymicro.agent.devices import Ports
 
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # linux/random.h
 SEED = bytes(range(64))
-PARAMS = {"hello_time_ns": 10**18, "entropy": SEED.hex(), "hostname": "pod", "machine_id": "0" * 32}
+HEARD = 10**18
+SECOND = 10**9
+PARAMS = {
+    "hello_time_ns": HEARD,
+    "setup_time_ns": HEARD,
+    "entropy": SEED.hex(),
+    "hostname": "pod",
+    "machine_id": "0" * 32,
+}
 
 
 class Control:
@@ -48,13 +56,15 @@ def test_fresh_entropy_is_credited_and_the_generators_reseeded_before_all_else(c
     assert [call[0] for call in others] == ["clock", "hostname", "machine-id", "share"]
 
 
-def test_the_clock_is_the_hosts_at_the_hello_and_what_has_passed_since(
-    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("hello_took", "setup_took", "error"), [(0, 0, 0), (2, 0, 1), (0, 2, -1), (1, 1, 0)])
+def test_the_clock_is_the_hosts_to_half_of_what_the_two_messages_took(
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, hello_took: int, setup_took: int, error: int
 ) -> None:
-    monkeypatch.setattr(Control, "hello_ns", time.monotonic_ns() - 3_000_000_000)
-    handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as above
+    between = 3
+    monkeypatch.setattr(Control, "hello_ns", time.monotonic_ns() - (hello_took + between + setup_took) * SECOND)
+    handlers.setup(Agent(), {**PARAMS, "setup_time_ns": HEARD + between * SECOND})  # type: ignore[arg-type]  # as above
     moment = next(call[1] for call in calls if call[0] == "clock")
-    assert 3.0 <= (moment - PARAMS["hello_time_ns"]) / 1e9 < 3.5
+    assert moment / SECOND == pytest.approx((HEARD / SECOND) + between + setup_took + error, abs=0.5)
 
 
 def test_a_share_that_is_not_there_yet_is_looked_for_again(

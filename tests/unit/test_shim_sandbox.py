@@ -56,7 +56,7 @@ async def test_guest_is_set_up_before_anything_else(tmp_path: Path) -> None:
         setup = p.guest.requests[0][1]
         assert len(bytes.fromhex(setup["entropy"])) >= 32
         assert len(bytes.fromhex(setup["machine_id"])) == 16
-        assert setup["hello_time_ns"] > 1 << 60
+        assert 1 << 60 < setup["hello_time_ns"] <= setup["setup_time_ns"]
 
 
 @asynchronous

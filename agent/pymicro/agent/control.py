@@ -36,7 +36,7 @@ class Control:
         self._cid = cid
         self._write_lock = allocate_lock()
         self.hello_ns = 0
-        """When the hello was said, CLOCK_MONOTONIC: the host says what time it was then."""
+        """When the hello was said, CLOCK_MONOTONIC: the host says when it heard it."""
 
     def say_hello(self, boot_ms: int) -> None:
         self.hello_ns = time.monotonic_ns()

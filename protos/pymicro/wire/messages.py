@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     class Setup(TypedDict):
         """`setup`: once, before anything else. Makes this VM unlike any other, mounts the share. Result: {}."""
 
-        hello_time_ns: int  # the host's clock when it heard the hello, nanoseconds since the epoch: a request that a
-        # clone has still to learn to read takes a tenth of a second under emulation, a hello is on its way for less
+        hello_time_ns: int  # the host's clock when it heard the hello, nanoseconds since the epoch
+        setup_time_ns: int  # and when it sent this: two messages, one each way, bound what the guest's clock may be
         entropy: str  # hex, at least 32 bytes: credited to the guest's random pool before any workload runs
         hostname: str
         machine_id: str  # 32 hex digits
@@ -156,7 +156,7 @@ if TYPE_CHECKING:
         bytes: int
 
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HOST_CID = 2
 READY = "ready, waiting for a vsock device"
 """The console's line that says that nothing more happens in the guest until the host attaches the pod's devices."""

@@ -232,6 +232,7 @@ def setup_message(booted: Booted, hostname: str) -> dict[str, Any]:
     """Return the agent's `setup` parameters: what makes this VM unlike any other."""
     return {
         "hello_time_ns": booted.heard_ns,
+        "setup_time_ns": time.time_ns(),
         "entropy": os.urandom(64).hex(),
         "hostname": hostname,
         "machine_id": os.urandom(16).hex(),
