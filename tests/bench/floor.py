@@ -102,7 +102,7 @@ async def _run(booted: Booted, settings: Settings, directory: Path, workload: Wo
 
     agent = AgentClient(booted.control, take, settings.timeouts.request)
     try:
-        await agent.call("setup", setup_message(booted, workload.id))
+        await agent.call("setup", setup_message(workload.id))
         plan = guestspec.build(workload.bundle.spec, workload.id, folder=FOLDER)
         rootfs.mount_rootfs(workload.rootfs, str(directory / "share" / FOLDER / "rootfs"))
         streams = {"stdin": None, "stdout": None, "stderr": None}

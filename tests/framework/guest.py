@@ -63,7 +63,6 @@ class Connection:
         self.socket = sock
         self._lock = threading.Lock()
         self.hello = self.receive()
-        self.heard_ns = time.time_ns()
 
     def receive(self) -> Message:
         """Return the next frame's message. Raises EOFError."""
@@ -228,7 +227,7 @@ class Guest:
                 raise TimeoutError(f"no hello; the console says:\n{self.console.read_text()[-2000:]}")
         assert self._control
         parameters = {"entropy": os.urandom(64).hex(), "hostname": "guest", "machine_id": self.machine_id}
-        self.call("setup", hello_time_ns=self._control.heard_ns, setup_time_ns=time.time_ns(), **parameters)
+        self.call("setup", **parameters)
         return self._control.hello
 
     # The protocol
@@ -283,7 +282,7 @@ class Guest:
         with self._changed:
             self._last_id += 1
             number = self._last_id
-        self._control.send({"id": number, "method": method, "params": params})
+        self._control.send({"id": number, "now_ns": time.time_ns(), "method": method, "params": params})
         return number
 
     def reply(self, number: int, timeout: float = CALL_TIMEOUT) -> Message:

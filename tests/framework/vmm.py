@@ -1,6 +1,7 @@
 """The VMMs as tests meet them behind the shim's interface: which there are here, and one VM of each."""
 
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ async def hello(vm: RunningVm) -> tuple[Channel, dict[str, object]]:
 
 async def ask(channel: Channel, method: str, **params: object) -> dict[str, object]:
     """Return the agent's reply to a request."""
-    await channel.write(frames.encode({"id": 1, "method": method, "params": params}))
+    await channel.write(frames.encode({"id": 1, "now_ns": time.time_ns(), "method": method, "params": params}))
     while "id" not in (reply := await channel.read_message()):
         pass
     return reply

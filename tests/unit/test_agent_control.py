@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pymicro.agent import handlers
+from pymicro.agent import clock, handlers
 from pymicro.agent.control import Control
 from pymicro.agent.devices import Ports
 from pymicro.agent.errors import NotFound
@@ -76,6 +76,15 @@ def test_every_method_of_the_protocol_is_there() -> None:
     names = {"setup", "create", "start", "exec", "signal", "close_stdin", "resize", "pause", "resume", "update"}
     assert set(handlers.METHODS) == names | {"pids", "stats", "delete"}
     assert set(handlers.METHODS) > handlers.INLINE
+
+
+def test_the_clock_is_the_hosts_at_setup_and_never_set_back_later(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+    monkeypatch.setattr(clock, "follow", lambda host_ns, *, back: followed.append((host_ns, back)))
+    for number, method in enumerate(("setup", "start", "stats"), start=1):
+        host.send({"id": number, "now_ns": number, "method": method, "params": {}})
+        host.receive()
+    assert followed == [(1, True), (2, False), (3, False)]
 
 
 def test_unknown_container_is_not_found(host: Host) -> None:

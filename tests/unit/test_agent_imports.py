@@ -9,7 +9,7 @@ EXPECTED = {
     # the wire protocol
     *("pymicro", "pymicro.wire", "pymicro.wire.frames", "pymicro.wire.messages"),
     # the agent
-    *("pymicro.agent", "pymicro.agent.__main__", "pymicro.agent.boot", "pymicro.agent.cgroups"),
+    *("pymicro.agent", "pymicro.agent.__main__", "pymicro.agent.boot", "pymicro.agent.cgroups", "pymicro.agent.clock"),
     *("pymicro.agent.concurrency", "pymicro.agent.console", "pymicro.agent.container", "pymicro.agent.control"),
     *("pymicro.agent.crun", "pymicro.agent.errors", "pymicro.agent.files", "pymicro.agent.handlers"),
     *("pymicro.agent.mounts", "pymicro.agent.network", "pymicro.agent.process", "pymicro.agent.reaper"),

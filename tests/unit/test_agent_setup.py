@@ -1,7 +1,6 @@
 """`setup` makes a VM unlike its template: the calls into the guest's kernel, in their order, without a VM."""
 
 import struct
-import time
 from typing import Any
 
 import pytest
@@ -10,23 +9,10 @@ from pymicro.agent.devices import Ports
 
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # linux/random.h
 SEED = bytes(range(64))
-HEARD = 10**18
-SECOND = 10**9
-PARAMS = {
-    "hello_time_ns": HEARD,
-    "setup_time_ns": HEARD,
-    "entropy": SEED.hex(),
-    "hostname": "pod",
-    "machine_id": "0" * 32,
-}
-
-
-class Control:
-    hello_ns = 0
+PARAMS = {"entropy": SEED.hex(), "hostname": "pod", "machine_id": "0" * 32}
 
 
 class Agent:
-    control = Control()
     ports = Ports()
 
 
@@ -35,7 +21,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `setup` does to the VM, instead of doing it."""
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(handlers, "ioctl", lambda _fd, number, argument=b"": made.append(("ioctl", number, argument)))
-    monkeypatch.setattr(time, "clock_settime_ns", lambda _clock, moment: made.append(("clock", moment)))
     monkeypatch.setattr(handlers, "sethostname", lambda name: made.append(("hostname", name)))
     monkeypatch.setattr(mounts, "bind_machine_id", lambda name: made.append(("machine-id", name)))
 
@@ -53,18 +38,7 @@ def test_fresh_entropy_is_credited_and_the_generators_reseeded_before_all_else(c
     assert (first, second) == (ADD_ENTROPY, RESEED)
     bits, size = struct.unpack_from("ii", pool)
     assert (bits, size, pool[8:]) == (512, 64, SEED)
-    assert [call[0] for call in others] == ["clock", "hostname", "machine-id", "share"]
-
-
-@pytest.mark.parametrize(("hello_took", "setup_took", "error"), [(0, 0, 0), (2, 0, 1), (0, 2, -1), (1, 1, 0)])
-def test_the_clock_is_the_hosts_to_half_of_what_the_two_messages_took(
-    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, hello_took: int, setup_took: int, error: int
-) -> None:
-    between = 3
-    monkeypatch.setattr(Control, "hello_ns", time.monotonic_ns() - (hello_took + between + setup_took) * SECOND)
-    handlers.setup(Agent(), {**PARAMS, "setup_time_ns": HEARD + between * SECOND})  # type: ignore[arg-type]  # as above
-    moment = next(call[1] for call in calls if call[0] == "clock")
-    assert moment / SECOND == pytest.approx((HEARD / SECOND) + between + setup_took + error, abs=0.5)
+    assert [call[0] for call in others] == ["hostname", "machine-id", "share"]
 
 
 def test_a_share_that_is_not_there_yet_is_looked_for_again(

@@ -1,6 +1,7 @@
 """The agent client: replies in any order, errors by their kind, and nobody waits for a guest that is gone."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -58,6 +59,7 @@ async def test_a_call_and_its_answer() -> None:
         call = asyncio.create_task(talk.client.call("start", {"container": "c1"}))
         request = await talk.request()
         assert (request["method"], request["params"]) == ("start", {"container": "c1"})
+        assert abs(time.time_ns() - request["now_ns"]) < 60 * 10**9
         await talk.say({"id": request["id"], "result": {"pid": 42}})
         assert await call == {"pid": 42}
         assert repr(talk.client) == "<AgentClient pending=0 connected>"

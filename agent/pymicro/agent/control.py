@@ -5,7 +5,7 @@ import posix
 import time
 from _thread import allocate_lock
 
-from pymicro.agent import handlers, vsock
+from pymicro.agent import clock, handlers, vsock
 from pymicro.agent.concurrency import log, start_thread
 from pymicro.agent.errors import RequestError, summary
 from pymicro.wire import frames, messages
@@ -35,11 +35,8 @@ class Control:
         self._connection = connection
         self._cid = cid
         self._write_lock = allocate_lock()
-        self.hello_ns = 0
-        """When the hello was said, CLOCK_MONOTONIC: the host says when it heard it."""
 
     def say_hello(self, boot_ms: int) -> None:
-        self.hello_ns = time.monotonic_ns()
         self.send(
             {
                 "hello": "control",
@@ -72,7 +69,9 @@ class Control:
             prefix = self._receive(frames.PREFIX_SIZE)
             if not prefix:
                 return
-            request = frames.decode(self._receive(frames.payload_size(prefix)))
+            request: dict[str, Any] = frames.decode(self._receive(frames.payload_size(prefix)))
+            if host_ns := request.get("now_ns"):
+                clock.follow(host_ns, back=request.get("method") == "setup")
             if request.get("method") in handlers.INLINE:
                 self._answer(agent, request)
             else:

@@ -50,9 +50,7 @@ class Agent:
 
 def setup(agent: Agent, params: "Params") -> "Result":
     """Make this VM unlike any other and mount the share: before anything of the pod runs."""
-    epoch_ns = wall_clock_epoch(agent.control.hello_ns, params["hello_time_ns"], params["setup_time_ns"])
     add_entropy(bytes.fromhex(params["entropy"]))
-    time.clock_settime_ns(time.CLOCK_REALTIME, epoch_ns + time.monotonic_ns())
     sethostname(params["hostname"])
     mounts.bind_machine_id(params["machine_id"])
     deadline = time.monotonic() + SHARE_LIMIT
@@ -61,16 +59,6 @@ def setup(agent: Agent, params: "Params") -> "Result":
             raise NotFound(f"no virtio-fs device with the tag {SHARE_TAG!r} appeared in {SHARE_LIMIT:g} s")
         agent.ports.look_again()
     return {}
-
-
-def wall_clock_epoch(hello_ns: int, heard_ns: int, sent_ns: int) -> int:
-    """Return the host's wall clock at our CLOCK_MONOTONIC 0, nanoseconds; `sent_ns` is of the request just read.
-
-    The hello was heard after it was said, the request came after it was sent: the truth is between what the two tell,
-    and in the middle nothing is off by more than half of what both took together. Either may be late: a host that has
-    just started the VM is busy, and a clone has still to learn to read requests.
-    """
-    return (heard_ns - hello_ns + sent_ns - time.monotonic_ns()) // 2
 
 
 def add_entropy(seed: bytes) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         """Host to guest. `params` has the shape that the method's TypedDict below gives."""
 
         id: int
+        now_ns: int  # the host's clock when it sent this, nanoseconds since the epoch; the guest's follows it
         method: str
         params: "dict[str, Any]"
 
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     class Setup(TypedDict):
         """`setup`: once, before anything else. Makes this VM unlike any other, mounts the share. Result: {}."""
 
-        hello_time_ns: int  # the host's clock when it heard the hello, nanoseconds since the epoch
-        setup_time_ns: int  # and when it sent this: two messages, one each way, bound what the guest's clock may be
         entropy: str  # hex, at least 32 bytes: credited to the guest's random pool before any workload runs
         hostname: str
         machine_id: str  # 32 hex digits

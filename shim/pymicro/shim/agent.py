@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -62,7 +63,8 @@ class AgentClient:
         self._pending[call_id] = future
         limit = timeout or self._timeout
         try:
-            self._outgoing.put_nowait(frames.encode({"id": call_id, "method": method, "params": params}))
+            request = {"id": call_id, "now_ns": time.time_ns(), "method": method, "params": params}
+            self._outgoing.put_nowait(frames.encode(request))
             async with asyncio.timeout(limit):
                 return await future
         except TimeoutError:

@@ -32,12 +32,11 @@ _SAME_MOMENT = 1.0
 
 
 class Booted(Struct, frozen=True):
-    """A VM whose agent has said hello, at `heard_ns` by the host's wall clock."""
+    """A VM whose agent has said hello."""
 
     vm: Vm
     share: Helper
     control: Channel
-    heard_ns: int
     origin: Origin
     resumed_ns: int
 
@@ -115,7 +114,7 @@ class Ascent(Struct, frozen=True):
             stack.callback(share.send_signal, signal.SIGKILL)  # it goes while the VMM does
             self.note(vmm_pid=vm.pid)
             greeting = await _while_running(share, self._greeted(vm, stack))
-            booted = Booted(vm, share, greeting.channel, greeting.heard_ns, started.origin, started.resumed_ns)
+            booted = Booted(vm, share, greeting.channel, started.origin, started.resumed_ns)
             outer.push_async_exit(stack.pop_all())
             return booted, greeting.hello
 
@@ -148,11 +147,10 @@ async def _while_running(share: Helper, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Greeting(Struct, frozen=True):
-    """The control connection, its hello, and when that was heard: nanoseconds since the epoch."""
+    """The control connection and its hello."""
 
     channel: Channel
     hello: dict[str, Any]
-    heard_ns: int
 
 
 class Greeter:
@@ -208,12 +206,11 @@ class Greeter:
             logger.warning("a connection from the guest said nothing sensible: %s", error)
             channel.close()
             return
-        heard_ns = time.time_ns()
         if hello.get("hello") == "stream":
             self._take_stream(hello.get("token"), channel)
         elif hello.get("hello") == "control" and not self._control.done():
             if hello.get("version") == messages.PROTOCOL_VERSION:
-                self._control.set_result(Greeting(channel, hello, heard_ns))
+                self._control.set_result(Greeting(channel, hello))
             else:
                 channel.close()
                 self._control.set_exception(
@@ -228,11 +225,9 @@ class Greeter:
             channel.close()
 
 
-def setup_message(booted: Booted, hostname: str) -> dict[str, Any]:
+def setup_message(hostname: str) -> dict[str, Any]:
     """Return the agent's `setup` parameters: what makes this VM unlike any other."""
     return {
-        "hello_time_ns": booted.heard_ns,
-        "setup_time_ns": time.time_ns(),
         "entropy": os.urandom(64).hex(),
         "hostname": hostname,
         "machine_id": os.urandom(16).hex(),

@@ -130,7 +130,7 @@ class Sandbox:
             hostname = str(bundle.spec.get("hostname") or self.id)[:64]
             begun = time.monotonic_ns()
             try:
-                await agent.call("setup", setup_message(booted, hostname), self.settings.timeouts.hello)
+                await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
                 self._timeline.span("setup", begun)
             except SandboxDied:
                 raise await self._watch(booted, agent) from None
