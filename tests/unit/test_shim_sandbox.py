@@ -324,7 +324,7 @@ async def test_events_of_strangers_are_ignored(tmp_path: Path) -> None:
         container = await p.running()
         name = {"container": "c1", "exec": "nobody"}
         for event in (
-            {"event": "exit", "container": "nobody", "exec": None, "status": 0, "stdout": 0, "stderr": 0, "oom": False},
+            {"event": "exit", "container": "nobody", "exec": None, "status": 0, "stdout": 0, "stderr": 0},
             {"event": "eof", **name, "stream": "stdout", "bytes": 1},
             {"event": "a kind of a newer agent", "container": "c1"},
         ):
@@ -620,7 +620,8 @@ async def test_end_of_stdin_is_told_with_its_count(tmp_path: Path) -> None:
 async def test_memory_is_out_before_the_exit(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         container = await p.running()
-        await p.guest.exit(137, "c1", oom=True)
+        await p.guest.run_out_of_memory("c1")
+        await p.guest.exit(137, "c1")
         await container.init.wait()
         assert p.log[-2:] == ["oom c1", "exit c1 137"]
 

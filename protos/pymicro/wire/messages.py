@@ -144,7 +144,6 @@ if TYPE_CHECKING:
         status: int  # 0..255; 128 + n after signal n
         stdout: int
         stderr: int
-        oom: bool  # the kernel killed a process of this container for memory since its start (init only)
 
     class EofEvent(TypedDict):
         """A stream ended after `bytes` bytes: relay them all, then close its connection."""
@@ -155,8 +154,14 @@ if TYPE_CHECKING:
         stream: Literal["stdout", "stderr"]
         bytes: int
 
+    class OomEvent(TypedDict):
+        """The kernel has killed processes of a container for memory. Comes before their exits."""
 
-PROTOCOL_VERSION = 2
+        event: Literal["oom"]
+        container: str
+
+
+PROTOCOL_VERSION = 3
 HOST_CID = 2
 READY = "ready, waiting for a vsock device"
 """The console's line that says that nothing more happens in the guest until the host attaches the pod's devices."""

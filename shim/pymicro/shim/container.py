@@ -152,8 +152,6 @@ class Container:
         process = self.process(event["exec"] or "")
         process.guest_status = event["status"]
         await process.drain(event, self.pod.drain_limit)
-        if event["oom"]:
-            self.pod.events.out_of_memory(self.id)
         if process is self.init:
             for other in list(self.execs.values()):  # clients may add and delete some meanwhile
                 await self._report_exit(other, KILLED)

@@ -168,6 +168,8 @@ class Sandbox:
                 container.process(event["exec"] or "").eof(event["stream"], event["bytes"])
             except NotFound:
                 logger.debug("an event of an unknown exec: %s", event)
+        elif event["event"] == "oom":
+            self.events.out_of_memory(container.id)
         elif event["event"] == "exit":
             self.spawn(container.exited(event))
 
