@@ -828,6 +828,15 @@ async def test_pause_and_resume(tmp_path: Path) -> None:
         assert p.log[-2:] == ["paused c1", "resumed c1"]
 
 
+@asynchronous
+async def test_of_many_who_pause_at_the_same_time_one_does(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        ends = await asyncio.gather(*(container.pause() for _ in range(3)), return_exceptions=True)
+        assert [type(end) for end in ends] == [type(None), WrongState, WrongState]
+        assert p.log.count("paused c1") == 1
+
+
 @pytest.mark.parametrize("operation", ["pause", "resume"])
 @asynchronous
 async def test_exit_in_the_middle_of_pause_or_resume(tmp_path: Path, operation: str) -> None:

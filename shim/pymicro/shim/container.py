@@ -53,6 +53,7 @@ class Container:
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
+    _freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -208,19 +209,21 @@ class Container:
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""
-        self.init.require(Status.RUNNING)
-        await (await self.pod.agent()).call("pause", {"container": self.id})
-        if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
-            self.init.status = Status.PAUSED
-        self.pod.events.paused(self.id)
+        async with self._freezing:
+            self.init.require(Status.RUNNING)
+            await (await self.pod.agent()).call("pause", {"container": self.id})
+            if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
+                self.init.status = Status.PAUSED
+            self.pod.events.paused(self.id)
 
     async def resume(self) -> None:
         """Thaw every process. Raises WrongState."""
-        self.init.require(Status.PAUSED)
-        await (await self.pod.agent()).call("resume", {"container": self.id})
-        if self.init.status is Status.PAUSED:
-            self.init.status = Status.RUNNING
-        self.pod.events.resumed(self.id)
+        async with self._freezing:
+            self.init.require(Status.PAUSED)
+            await (await self.pod.agent()).call("resume", {"container": self.id})
+            if self.init.status is Status.PAUSED:
+                self.init.status = Status.RUNNING
+            self.pod.events.resumed(self.id)
 
     async def pids(self) -> list[ProcessInfo]:
         """Return all processes: the init by its anchor's pid, others by their pid in the guest."""
