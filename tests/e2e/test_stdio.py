@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.pod import Pod
+from tests.framework.resources import peak, pss
+from tests.framework.sandbox import SHIM, Sandbox
 from tests.framework.waiting import seconds, until
 
 MIB = 1 << 20
@@ -156,6 +159,47 @@ def test_output_without_a_last_newline_and_of_any_bytes_is_kept(pod: Pod) -> Non
     out, err = client.communicate(timeout=seconds(60))
 
     assert (out, err) == (b"a\0b\r\n\xff\xfeend", b"\x01")
+
+
+PIECE = random.Random(SEED).randbytes(1_000_000 - len("00000\n"))
+FLAT = 2.0
+"""MB by which a shim's memory may vary."""
+
+
+def numbered_copies(count: int) -> bytes:
+    """Return the SHA-256 of so many MB: PIECE again and again, a number after each copy."""
+    whole = hashlib.sha256()
+    for number in range(count):
+        whole.update(PIECE + b"%05d\n" % number)
+    return whole.digest()
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("megabytes", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_much_output_arrives_as_it_was_written_and_the_shims_memory_is_flat(
+    pod: Pod, tmp_path: Path, megabytes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "piece").write_bytes(PIECE)
+    shim = Sandbox(pod.containerd, pod.id).find(SHIM)
+    assert shim
+    prints = rf"n=0; while [ $n -lt {megabytes} ]; do cat /mnt/piece; printf '%05d\n' $n; n=$((n + 1)); done"
+    options = ["--mount", f"type=bind,src={tmp_path},dst=/mnt,options=rbind:ro"]
+    before, begun = pss(shim), time.monotonic()
+
+    with peak(shim) as watched:
+        client = Client(pod.popen("sh", "-c", prints, options=options))
+        client.receive()
+        assert client.process.wait(seconds(30)) == 0
+
+    took, after = time.monotonic() - begun, pss(shim)
+    with capsys.disabled():
+        figures = f"before {before:.1f}, at most {watched.pss:.1f}, after {after:.1f}"
+        print(f"\n{megabytes} MB in {took:.1f} s; the shim's PSS in MB: {figures}")
+    assert client.received_bytes == megabytes * 1_000_000
+    assert client.received.digest() == numbered_copies(megabytes)
+    assert watched.pss < before + FLAT
+    assert after < before + FLAT
 
 
 @pytest.mark.kvm
