@@ -175,6 +175,17 @@ async def test_containerd_may_take_its_time(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_a_guest_cannot_fill_the_queue(tmp_path: Path) -> None:
+    async with publishing(tmp_path, running=False) as (containerd, publisher):
+        for _ in range(1000):
+            publisher.out_of_memory("c1")
+        publisher.out_of_memory("c2")
+        await containerd.start()
+        await publisher.flush(5)
+        assert containerd.topics == ["/tasks/oom"] * 2
+
+
+@asynchronous
 async def test_event_that_containerd_refuses_holds_up_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with publishing(tmp_path) as (containerd, publisher):
         failures = iter([StatusError(Code.INVALID_ARGUMENT, "no such namespace")])

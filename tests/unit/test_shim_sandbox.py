@@ -307,6 +307,41 @@ async def test_agent_that_closes_its_connection_is_the_death_of_the_vm(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("method", "reply"),
+    [
+        ("create", {}),
+        ("create", {"pid": "4"}),
+        ("exec", {"pid": 0}),
+        ("pids", {"pids": ["x"], "init": 1, "execs": {}}),
+        ("stats", {"files": {"cpu.stat": 1}}),
+    ],
+)
+@asynchronous
+async def test_an_answer_that_makes_no_sense_is_an_error_of_that_call(tmp_path: Path, method: str, reply: Json) -> None:
+    async def nonsense(_params: Json) -> Json:
+        return reply
+
+    async with pod(tmp_path) as p:
+        p.guest.answers[method] = nonsense
+        with pytest.raises(GuestError, match=f"the guest's answer to '{method}' makes no sense"):
+            container = await p.running()
+            if method == "exec":
+                await p.add_exec()
+                await p.sandbox.start("c1", "e1")
+            await getattr(container, method)()
+
+
+@asynchronous
+async def test_a_guest_that_tells_of_one_thing_again_and_again_is_heard_once(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        for _ in range(3):
+            await p.guest.exit(3, "c1")
+        await container.init.wait()
+        assert p.log.count("exit c1 3") == 1
+
+
+@pytest.mark.parametrize(
     "event", [{"event": "exit"}, {"event": "eof", "container": "c1"}, {"event": "eof", "container": ["c1"]}]
 )
 @asynchronous
