@@ -149,7 +149,9 @@ def update(agent: Agent, params: "Params") -> "Result":
 
 def pids(agent: Agent, params: "Params") -> "Result":
     container = agent.find(params)
-    running = {name: process.pid for name, process in list(container.execs.items()) if not process.exited}
+    running = {
+        name: process.pid for name, process in list(container.execs.items()) if process.pid and not process.exited
+    }
     return {"pids": container.pids(), "init": container.init.pid, "execs": running}
 
 
