@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from msgspec.structs import asdict
 from pymicro.shim.config import Timeouts
@@ -25,6 +26,10 @@ from tests.framework.waiting import SLOWER, seconds
 
 # as the shim has it; gRPC reads it when it is imported, and would meddle with every fork of this process
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# a time limit for each example fails where the machine has other things to do; each test has one of its own
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 

@@ -122,7 +122,6 @@ def known_load(container: Container) -> tuple[float, float, float, float]:
     return own, burnt.cpu - idle.cpu, (filled.memory - burnt.memory) / MIB, (held.anonymous - filled.anonymous) / MIB
 
 
-@pytest.mark.kvm
 def test_statistics_can_be_had_until_the_task_is_deleted(pod: Pod, runtime: str) -> None:
     container = pod.start(*HOG, runtime=runtime, options=["--memory-limit", str(48 * MIB)])
     until(lambda: container.status == "STOPPED")
