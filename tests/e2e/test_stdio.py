@@ -1,6 +1,7 @@
 """stdin, stdout and stderr: every byte arrives, in order and once, and so does the end."""
 
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pymicro.ttrpc import StatusError
 
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.pod import Pod
-from tests.framework.resources import peak, pss
+from tests.framework.resources import open_files, peak, pss
 from tests.framework.sandbox import SHIM, Sandbox
+from tests.framework.taskservice import TaskService
 from tests.framework.waiting import seconds, until
 
 MIB = 1 << 20
@@ -283,6 +286,30 @@ def test_the_end_of_a_program_does_not_wait_long_for_a_client_that_reads_nothing
     pod("tasks", "rm", container_id)
     assert time.monotonic() - begun < 25
     client.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_fifo_that_nobody_opens_is_the_error_of_that_process_alone(ctr: Ctr, tmp_path: Path) -> None:
+    """The limit is `timeouts.request`; what the attempt took is free again."""
+    ctr.containerd.write_settings(timeouts={"request": seconds(3)})
+    try:
+        container = ctr.start("sleep", "100000")
+    finally:
+        ctr.containerd.write_settings()
+    shim = Sandbox(ctr.containerd, container.id).find(SHIM)
+    assert shim
+    assert container.exec("true").returncode == 0
+    files = open_files(shim)
+    fifo, task = tmp_path / "stdout", TaskService.of(container)
+    os.mkfifo(fifo)
+
+    with pytest.raises(StatusError, match=f"nobody opened the FIFO '{fifo}' for reading in"):
+        task.exec("unheard", "echo", "hello", stdout=str(fifo))
+
+    assert "unheard" not in ctr("tasks", "ps", container.id).stdout
+    task.delete("unheard")
+    until(lambda: open_files(shim) == files)
+    assert container.exec("echo", "well").stdout == "well\n"
 
 
 # -- output just before the end ----------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from tests.framework.waiting import seconds
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
-_RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+_SPEC = "types.containerd.io/opencontainers/runtime-spec/1"
+_PROCESS, _RESOURCES = f"{_SPEC}/Process", f"{_SPEC}/LinuxResources"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,20 @@ class TaskService:
                 return await client.call(self.name, method, request, response, timeout=seconds(timeout))
 
         return asyncio.run(calling())
+
+    def exec(self, exec_id: str, *command: str, stdout: str = "") -> None:
+        """Add a process and start it; its output goes to the FIFO `stdout`, which the caller should open."""
+        process = {"args": command, "cwd": "/", "env": ["PATH=/bin"]}
+        spec = AnyMessage(type_url=_PROCESS, value=json.dumps(process).encode())
+        request = task_pb2.ExecProcessRequest(id=self.container_id, exec_id=exec_id, stdout=stdout, spec=spec)
+        self.call("Exec", request, Empty)
+        start = task_pb2.StartRequest(id=self.container_id, exec_id=exec_id)
+        self.call("Start", start, task_pb2.StartResponse)
+
+    def delete(self, exec_id: str) -> None:
+        """Forget a process that has ended or could not start."""
+        request = task_pb2.DeleteRequest(id=self.container_id, exec_id=exec_id)
+        self.call("Delete", request, task_pb2.DeleteResponse)
 
     def pids(self) -> dict[int, str]:
         """Return the container's processes: pids, and the exec ids of those that have one."""
