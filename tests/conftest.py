@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from msgspec.structs import asdict
 from pymicro.shim.config import Timeouts
@@ -28,6 +29,10 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 LONGEST = 600.0
 """Seconds that slowness makes of a test's limit at most: what hangs shall be named before the whole run is ended."""
+
+# a time limit for each example fails where the machine has other things to do; each test has one of its own
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from pymicro.shim import guestspec, host, rootfs, syscalls
+from pymicro.shim import guestmessages, guestspec, host, rootfs, syscalls
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.channel.base import Channel
@@ -96,9 +96,9 @@ async def _run(booted: Booted, settings: Settings, directory: Path, workload: Wo
     """Create and start the container and wait for its exit."""
     exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    def take(event: Json) -> None:
-        if event["event"] == "exit":
-            exited.set_result(event["status"])
+    def take(event: guestmessages.Event) -> None:
+        if isinstance(event, guestmessages.Exit):
+            exited.set_result(event.status)
 
     agent = AgentClient(booted.control, take, settings.timeouts.request)
     try:

@@ -1,12 +1,16 @@
 """Many containers at the same time: each in its own VM, and many in one."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.framework.ctr import Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
+from tests.framework.waiting import until
+
+AT_ONCE = 50
 
 BOOT_ID = ("cat", "/proc/sys/kernel/random/boot_id")
 
@@ -44,6 +48,32 @@ def test_10_containers_started_at_the_same_time_in_one_vm(pod: Pod) -> None:
 
     assert [(done.returncode, done.stderr) for done in runs] == [(0, "")] * 10
     assert {done.stdout for done in runs} == {pod.first.exec(*BOOT_ID).stdout}
+
+
+def test_50_execs_at_the_same_time_in_one_container(pod: Pod) -> None:
+    """Each one has its own output, on both streams, and its own exit code. None goes on before all of them run."""
+    container = pod.start("sh", "-c", "mkfifo /gate && exec sleep 100000")
+    arrived = Path(f"/proc/{container.pid}/root/arrived")
+
+    def run(number: int) -> tuple[int, str, str]:
+        prints = f"seq {number}00000 {number}09999; seq {number}50000 {number}50999 >&2"
+        script = f"echo >>/arrived; cat /gate; {prints}; exit {number + 100}"
+        done = container.exec("sh", "-c", script, exec_id=f"e{number}")
+        return done.returncode, done.stdout, done.stderr
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = pool.map(run, range(1, AT_ONCE + 1))
+        until(lambda: arrived.exists() and arrived.stat().st_size == AT_ONCE, 120)
+        container.exec("sh", "-c", "sleep 3 >/gate")
+
+    for number, (code, out, err) in enumerate(outcomes, 1):
+        assert code == number + 100
+        assert out == lines(number * 100_000, 10_000)
+        assert err == lines(number * 100_000 + 50_000, 1_000)
+
+
+def lines(first: int, count: int) -> str:
+    return "".join(f"{number}\n" for number in range(first, first + count))
 
 
 @pytest.mark.slow

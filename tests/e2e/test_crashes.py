@@ -1,21 +1,20 @@
 """Whoever is killed whenever: the container is reported as killed, its waiters return, and nothing of it is left."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pymicro.protos.task_pb2 import DeleteResponse
 
 from tests.framework.containerd import Containerd
 from tests.framework.ctr import Ctr
+from tests.framework.events import listening
 from tests.framework.leftovers import Leftovers
 from tests.framework.processes import all_processes
 from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
@@ -46,39 +45,6 @@ def cold(ctr: Ctr) -> Iterator[None]:
     ctr.containerd.write_settings()
 
 
-@contextmanager
-def events(ctr: Ctr, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield a list that holds, after the block, what `ctr events` showed meanwhile, `topic` added to each."""
-    shown = tmp_path / "events"
-    seen: list[dict[str, Any]] = []
-    with shown.open("wb") as output:
-        watcher = subprocess.Popen(
-            [ctr.containerd.bin / "ctr", "events"],
-            env={**os.environ, **ctr.containerd.client_environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-        )
-    try:
-        time.sleep(seconds(0.3))  # it says nothing when it has subscribed
-        yield seen
-        time.sleep(seconds(0.3))
-    finally:
-        watcher.kill()
-        watcher.wait()
-    for line in shown.read_text().splitlines():
-        topic, _, content = line.partition(" /")[2].partition(" ")
-        seen.append({"topic": f"/{topic}", **json.loads(content)})
-
-
-def exits(seen: list[dict[str, Any]], container_id: str) -> list[tuple[str, int]]:
-    """Return process id and status of each TaskExit, in order. An init's process id is the container's id."""
-    return [
-        (event["id"], event.get("exit_status", 0))
-        for event in seen
-        if event["topic"] == "/tasks/exit" and event["container_id"] == container_id
-    ]
-
-
 def attached(ctr: Ctr, *arguments: str) -> "subprocess.Popen[bytes]":
     """Start a client that waits for a process; it must end by itself."""
     return subprocess.Popen(
@@ -95,10 +61,8 @@ def attached(ctr: Ctr, *arguments: str) -> "subprocess.Popen[bytes]":
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_process_ends_the_container_and_all_who_wait(
-    ctr: Ctr, leftovers: Leftovers, tmp_path: Path, kind: str
-) -> None:
-    with events(ctr, tmp_path) as seen:
+def test_a_killed_process_ends_the_container_and_all_who_wait(ctr: Ctr, leftovers: Leftovers, kind: str) -> None:
+    with listening(ctr.containerd) as events:
         container = ctr.start(*SLEEP)
         waiter = attached(ctr, "tasks", "exec", "--exec-id", "other", container.id, *SLEEP)
         eventually(lambda: "other" in ctr("tasks", "ps", container.id).stdout, "the exec runs", 10)
@@ -112,7 +76,11 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(
         assert waiter.wait(seconds(PROMPT)) == code
         if kind != SHIM:
             assert container.wait(PROMPT) == KILLED
-    assert [status for name, status in exits(seen, container.id) if name == container.id] == [KILLED]
+        events.until_told(container.id, f"exit {container.id} {KILLED}")
+        events.synchronise()
+    assert [str(event) for event in events.of(container.id) if event.kind == "exit"].count(
+        f"exit {container.id} {KILLED}"
+    ) == 1
     container.remove()
     leftovers.check()
 

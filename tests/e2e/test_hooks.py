@@ -14,6 +14,7 @@ from tests.framework import busybox
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.sandbox import SHIM, Sandbox, eventually
+from tests.framework.waiting import seconds
 
 Hook = dict[str, Any]  # JSON of the runtime-spec
 
@@ -108,6 +109,35 @@ def test_a_hook_that_hangs_is_killed_when_its_time_is_over(hooked: Hooked, lefto
     assert time.monotonic() - begun < 20
     assert hooked.kinds == ["createRuntime", "poststop"]
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and command_of(pid) == ["sleep", "6543"]]
+    leftovers.check()
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_poststart_hook_that_fails_ends_the_container(hooked: Hooked, leftovers: Leftovers) -> None:
+    failing = hooked.hook("poststart", "echo too late >&2; exit 6")
+    begun = time.monotonic()
+
+    done = hooked.run("sleep", "100000", hooks={"poststart": [failing], "poststop": [hooked.hook("poststop")]})
+
+    assert done.returncode != 0
+    assert time.monotonic() - begun < seconds(30)
+    assert "poststart hook #0" in done.stderr
+    assert "too late" in done.stderr
+    assert hooked.kinds == ["poststart", "poststop"]
+    leftovers.check()
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_poststop_hook_that_hangs_holds_up_the_end_only_so_long(hooked: Hooked, leftovers: Leftovers) -> None:
+    hanging = hooked.hook("poststop", "exec sleep 6544", timeout=2)
+    begun = time.monotonic()
+
+    done = hooked.run("sh", "-c", "exit 4", hooks={"poststop": [hanging, hooked.hook("last")]})
+
+    assert done.returncode == 4
+    assert time.monotonic() - begun < seconds(30)
+    assert hooked.kinds == ["poststop", "last"]
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and command_of(pid) == ["sleep", "6544"]]
     leftovers.check()
 
 

@@ -1,6 +1,7 @@
 """stdin, stdout and stderr: every byte arrives, in order and once, and so does the end."""
 
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -10,11 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from pymicro.ttrpc import StatusError
 
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.pod import Pod
+from tests.framework.resources import open_files, peak, pss
+from tests.framework.sandbox import SHIM, Sandbox
+from tests.framework.taskservice import TaskService
 from tests.framework.waiting import seconds, until
 
 MIB = 1 << 20
@@ -158,6 +164,47 @@ def test_output_without_a_last_newline_and_of_any_bytes_is_kept(pod: Pod) -> Non
     assert (out, err) == (b"a\0b\r\n\xff\xfeend", b"\x01")
 
 
+PIECE = random.Random(SEED).randbytes(1_000_000 - len("00000\n"))
+FLAT = 2.0
+"""MB by which a shim's memory may vary."""
+
+
+def numbered_copies(count: int) -> bytes:
+    """Return the SHA-256 of so many MB: PIECE again and again, a number after each copy."""
+    whole = hashlib.sha256()
+    for number in range(count):
+        whole.update(PIECE + b"%05d\n" % number)
+    return whole.digest()
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("megabytes", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_much_output_arrives_as_it_was_written_and_the_shims_memory_is_flat(
+    pod: Pod, tmp_path: Path, megabytes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "piece").write_bytes(PIECE)
+    shim = Sandbox(pod.containerd, pod.id).find(SHIM)
+    assert shim
+    prints = rf"n=0; while [ $n -lt {megabytes} ]; do cat /mnt/piece; printf '%05d\n' $n; n=$((n + 1)); done"
+    options = ["--mount", f"type=bind,src={tmp_path},dst=/mnt,options=rbind:ro"]
+    before, begun = pss(shim), time.monotonic()
+
+    with peak(shim) as watched:
+        client = Client(pod.popen("sh", "-c", prints, options=options))
+        client.receive()
+        assert client.process.wait(seconds(30)) == 0
+
+    took, after = time.monotonic() - begun, pss(shim)
+    with capsys.disabled():
+        figures = f"before {before:.1f}, at most {watched.pss:.1f}, after {after:.1f}"
+        print(f"\n{megabytes} MB in {took:.1f} s; the shim's PSS in MB: {figures}")
+    assert client.received_bytes == megabytes * 1_000_000
+    assert client.received.digest() == numbered_copies(megabytes)
+    assert watched.pss < before + FLAT
+    assert after < before + FLAT
+
+
 @pytest.mark.kvm
 def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     script = "head -c 20000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait"
@@ -239,6 +286,30 @@ def test_the_end_of_a_program_does_not_wait_long_for_a_client_that_reads_nothing
     pod("tasks", "rm", container_id)
     assert time.monotonic() - begun < 25
     client.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_fifo_that_nobody_opens_is_the_error_of_that_process_alone(ctr: Ctr, tmp_path: Path) -> None:
+    """The limit is `timeouts.request`; what the attempt took is free again."""
+    ctr.containerd.write_settings(timeouts={"request": seconds(3)})
+    try:
+        container = ctr.start("sleep", "100000")
+    finally:
+        ctr.containerd.write_settings()
+    shim = Sandbox(ctr.containerd, container.id).find(SHIM)
+    assert shim
+    assert container.exec("true").returncode == 0
+    files = open_files(shim)
+    fifo, task = tmp_path / "stdout", TaskService.of(container)
+    os.mkfifo(fifo)
+
+    with pytest.raises(StatusError, match=f"nobody opened the FIFO '{fifo}' for reading in"):
+        task.exec("unheard", "echo", "hello", stdout=str(fifo))
+
+    assert "unheard" not in ctr("tasks", "ps", container.id).stdout
+    task.delete("unheard")
+    until(lambda: open_files(shim) == files)
+    assert container.exec("echo", "well").stdout == "well\n"
 
 
 # -- output just before the end ----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any  # what JSON holds
 
 import pytest
 
-from tests.framework.containerd import Containerd
 from tests.framework.ctr import PYMICRO, RUNC, Container, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
@@ -70,26 +69,6 @@ def test_statistics_and_processes_are_shown(pod: Pod) -> None:
     usage = values.get("memory.usage_in_bytes") or values["memory.usage"]
     assert 0 < int(usage) < 64 * MIB
     assert any(key.startswith("cpu") for key in values)
-
-
-@pytest.mark.every_containerd
-def test_the_events_of_a_run_come_in_order(containerd: Containerd, ctr: Ctr) -> None:
-    argv = [str(containerd.bin / "ctr"), "--address", containerd.address, "--namespace", containerd.namespace, "events"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as listener:
-        try:
-            assert ctr.run("sh", "-c", "exit 3").returncode == 3
-            ctr.run("true", runtime=RUNC)  # its last event comes after ours, whatever ours are
-        finally:
-            listener.terminate()
-        assert listener.stdout
-        lines = [line.split(maxsplit=6)[5:] for line in listener.stdout]
-
-    mine = [(topic, json.loads(content)) for topic, content in lines if f'"{ctr.ids[0]}"' in content]
-    topics = [topic for topic, _ in mine if topic.startswith("/tasks/")]
-    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
-    by_topic = dict(mine)
-    assert by_topic["/tasks/exit"]["exit_status"] == by_topic["/tasks/delete"]["exit_status"] == 3
-    assert len({by_topic[topic]["pid"] for topic in topics if topic != "/tasks/create"}) == 1
 
 
 # -- as with runc ------------------------------------------------------------------------------------------------------

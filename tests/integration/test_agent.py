@@ -75,7 +75,7 @@ def test_exit_code_and_output(guest: Guest, name: str) -> None:
     assert process.read() == b"out\n"
     assert process.read("stderr") == b"err\n"
     event = process.exit_event()
-    assert (event["status"], event["stdout"], event["stderr"], event["oom"]) == (7, 4, 4, False)
+    assert (event["status"], event["stdout"], event["stderr"]) == (7, 4, 4)
 
 
 def test_signal_is_128_plus_n(guest: Guest, name: str) -> None:
@@ -352,8 +352,18 @@ def test_out_of_memory_is_told(guest: Guest, name: str) -> None:
     linux = oci_spec(name, (), terminal=False)["linux"]
     linux["resources"]["memory"] = {"limit": 20 << 20}
     process = guest.run(name, "dd", "if=/dev/zero", "of=/dev/null", "bs=60M", "count=1", linux=linux)
-    event = process.exit_event()
-    assert (event["status"], event["oom"]) == (137, True)
+    assert process.exit_event()["status"] == 137
+    told = [event["event"] for event in guest.events_of(name) if event["event"] != "eof"]
+    assert told == ["oom", "exit"]
+
+
+def test_out_of_memory_of_a_child_is_told_at_once(guest: Guest, name: str) -> None:
+    linux = oci_spec(name, (), terminal=False)["linux"]
+    linux["resources"]["memory"] = {"limit": 20 << 20}
+    hog = "dd if=/dev/zero of=/dev/null bs=60M count=1; echo $?; sleep 1000"
+    process = guest.run(name, "sh", "-c", hog, linux=linux)
+    assert process.connection("stdout").socket.recv(100) == b"137\n"
+    assert [event["event"] for event in guest.events_of(name)] == ["oom"]
 
 
 def test_delete_of_a_running_container(guest: Guest, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from pymicro.agent import cgroups, files
 
 
@@ -25,16 +24,6 @@ def test_write_and_read(tmp_path: Path) -> None:
     files.write_text(path, "x")
     assert files.read_text(path) == "x"
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize(("text", "expected"), [("oom 1\noom_kill 0\n", False), ("oom_kill 2\n", True), ("", False)])
-def test_out_of_memory(tmp_path: Path, text: str, expected: bool) -> None:
-    (tmp_path / "memory.events").write_text(text)
-    assert cgroups.out_of_memory(str(tmp_path)) is expected
-
-
-def test_out_of_memory_of_a_group_that_is_gone(tmp_path: Path) -> None:
-    assert not cgroups.out_of_memory(str(tmp_path / "gone"))
 
 
 def test_pids_of_nested_groups(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ EXPECTED = {
     # the agent
     *("pymicro.agent", "pymicro.agent.__main__", "pymicro.agent.boot", "pymicro.agent.cgroups", "pymicro.agent.clock"),
     *("pymicro.agent.concurrency", "pymicro.agent.console", "pymicro.agent.container", "pymicro.agent.control"),
-    *("pymicro.agent.crun", "pymicro.agent.errors", "pymicro.agent.files", "pymicro.agent.handlers"),
+    *(
+        "pymicro.agent.crun",
+        "pymicro.agent.errors",
+        "pymicro.agent.files",
+        "pymicro.agent.handlers",
+        "pymicro.agent.memory",
+    ),
     *("pymicro.agent.mounts", "pymicro.agent.network", "pymicro.agent.process", "pymicro.agent.reaper"),
     *("pymicro.agent.streams", "pymicro.agent.syscalls", "pymicro.agent.devices", "pymicro.agent.vsock"),
 }

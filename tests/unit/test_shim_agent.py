@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pymicro.shim import guestmessages
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.channel import memory
 from pymicro.shim.errors import (
@@ -31,7 +32,7 @@ class Conversation:
 
     def __init__(self) -> None:
         self.guest, host = memory.pair()
-        self.events: list[Json] = []
+        self.events: list[guestmessages.Event] = []
         self.client = AgentClient(host, self.events.append, timeout=2)
 
     async def request(self) -> Json:
@@ -114,10 +115,13 @@ async def test_no_answer_in_time_names_the_call_and_the_setting() -> None:
 @asynchronous
 async def test_events_are_handed_over_in_order() -> None:
     async with conversation() as talk:
-        events = [{"event": "eof", "bytes": n} for n in range(5)]
-        await talk.say(*events)
+        name = {"container": "c1", "exec": None}
+        await talk.say(*({"event": "eof", **name, "stream": "stdout", "bytes": n} for n in range(5)))
+        await talk.say({"event": "exit", **name, "status": 7, "stdout": 4, "stderr": 0, "of a newer agent": 1})
+        await talk.say({"event": "of a newer agent"}, {"event": "oom", "container": "c2"})
         await turns(20)
-        assert talk.events == events
+        ends = [guestmessages.Eof("c1", None, "stdout", n) for n in range(5)]
+        assert talk.events == [*ends, guestmessages.Exit("c1", None, 7, 4, 0), guestmessages.Oom("c2")]
 
 
 @asynchronous
@@ -191,6 +195,16 @@ GARBAGE = {
     "too large": b"\xff\xff\xff\xff",
     "half a frame": b"\0\0\0\5{}",
     "an event without a container": frames.encode({"event": "exit"}),
+    "a status that is none": frames.encode(
+        {"event": "exit", "container": "c", "exec": None, "status": 256, "stdout": 0, "stderr": 0}
+    ),
+    "a count below zero": frames.encode(
+        {"event": "eof", "container": "c", "exec": None, "stream": "stdout", "bytes": -1}
+    ),
+    "an output that is none": frames.encode(
+        {"event": "eof", "container": "c", "exec": None, "stream": "stdin", "bytes": 1}
+    ),
+    "both result and error": frames.encode({"id": 1, "result": {}, "error": {"kind": "x", "message": "y"}}),
     "an id that cannot be one": frames.encode({"id": [1], "result": {}}),
     "an error without a kind": frames.encode({"id": 1, "error": {}}),
     "neither result nor error": frames.encode({"id": 1}),
@@ -203,11 +217,7 @@ GARBAGE = {
 async def test_garbage_ends_the_connection_and_every_call(data: bytes) -> None:
     """A guest that talks nonsense is compromised or broken: its sandbox ends, with a clear error, and nothing hangs."""
     guest, host = memory.pair()
-
-    def on_event(event: Json) -> None:
-        event["container"]
-
-    client = AgentClient(host, on_event, timeout=5)
+    client = AgentClient(host, lambda _event: None, timeout=5)
     call = asyncio.create_task(client.call("start", {}))
     await guest.read_message()
     await guest.write(data)

@@ -16,7 +16,7 @@ from pymicro.protos import events_pb2, forward_pb2, types_pb2
 from pymicro.shim import forward
 from pymicro.shim.events import Publisher
 from pymicro.shim.requests import CreateContainer, Exit, Mount, StdioPaths
-from pymicro.ttrpc import Code, Method, Server, StatusError
+from pymicro.ttrpc import Call, Code, Method, Server, StatusError, current_call
 
 from tests.framework.fakes import asynchronous, no_descriptor_leaks, until
 
@@ -161,6 +161,28 @@ async def test_busy_containerd_is_asked_again(tmp_path: Path) -> None:
         publisher.started("c2", 2)
         await publisher.flush(5)
         assert len(containerd.envelopes) == 2
+
+
+@asynchronous
+async def test_containerd_may_take_its_time(tmp_path: Path) -> None:
+    """An event that is given up and sent again would come twice, once it goes on."""
+    async with publishing(tmp_path) as (containerd, publisher):
+        calls: list[Call | None] = []
+        containerd.before = lambda: calls.append(current_call.get())
+        publisher.started("c1", 1)
+        await publisher.flush(5)
+        assert [call and call.deadline for call in calls] == [None]
+
+
+@asynchronous
+async def test_a_guest_cannot_fill_the_queue(tmp_path: Path) -> None:
+    async with publishing(tmp_path, running=False) as (containerd, publisher):
+        for _ in range(1000):
+            publisher.out_of_memory("c1")
+        publisher.out_of_memory("c2")
+        await containerd.start()
+        await publisher.flush(5)
+        assert containerd.topics == ["/tasks/oom"] * 2
 
 
 @asynchronous

@@ -163,7 +163,7 @@ async def test_one_that_dies_loses_what_follows_and_holds_nobody_up(
     await until(lambda: "ended, exit status 4, while output may still come: that is lost" in caplog.text)
     assert "it said: disk full" in caplog.text
     await guest.write(b"67890")
-    await asyncio.wait_for(stdio.drain({"stdout": 10, "stderr": 0}, 5), 1)
+    await asyncio.wait_for(stdio.drain(10, 0, 5), 1)
     guest.close()
     stdio.close()
     await asyncio.wait_for(stdio.end_log_binaries(), 1)

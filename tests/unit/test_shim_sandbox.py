@@ -306,6 +306,41 @@ async def test_agent_that_closes_its_connection_is_the_death_of_the_vm(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("method", "reply"),
+    [
+        ("create", {}),
+        ("create", {"pid": "4"}),
+        ("exec", {"pid": 0}),
+        ("pids", {"pids": ["x"], "init": 1, "execs": {}}),
+        ("stats", {"files": {"cpu.stat": 1}}),
+    ],
+)
+@asynchronous
+async def test_an_answer_that_makes_no_sense_is_an_error_of_that_call(tmp_path: Path, method: str, reply: Json) -> None:
+    async def nonsense(_params: Json) -> Json:
+        return reply
+
+    async with pod(tmp_path) as p:
+        p.guest.answers[method] = nonsense
+        with pytest.raises(GuestError, match=f"the guest's answer to '{method}' makes no sense"):
+            container = await p.running()
+            if method == "exec":
+                await p.add_exec()
+                await p.sandbox.start("c1", "e1")
+            await getattr(container, method)()
+
+
+@asynchronous
+async def test_a_guest_that_tells_of_one_thing_again_and_again_is_heard_once(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        for _ in range(3):
+            await p.guest.exit(3, "c1")
+        await container.init.wait()
+        assert p.log.count("exit c1 3") == 1
+
+
+@pytest.mark.parametrize(
     "event", [{"event": "exit"}, {"event": "eof", "container": "c1"}, {"event": "eof", "container": ["c1"]}]
 )
 @asynchronous
@@ -323,7 +358,7 @@ async def test_events_of_strangers_are_ignored(tmp_path: Path) -> None:
         container = await p.running()
         name = {"container": "c1", "exec": "nobody"}
         for event in (
-            {"event": "exit", "container": "nobody", "exec": None, "status": 0, "stdout": 0, "stderr": 0, "oom": False},
+            {"event": "exit", "container": "nobody", "exec": None, "status": 0, "stdout": 0, "stderr": 0},
             {"event": "eof", **name, "stream": "stdout", "bytes": 1},
             {"event": "a kind of a newer agent", "container": "c1"},
         ):
@@ -619,7 +654,8 @@ async def test_end_of_stdin_is_told_with_its_count(tmp_path: Path) -> None:
 async def test_memory_is_out_before_the_exit(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         container = await p.running()
-        await p.guest.exit(137, "c1", oom=True)
+        await p.guest.run_out_of_memory("c1")
+        await p.guest.exit(137, "c1")
         await container.init.wait()
         assert p.log[-2:] == ["oom c1", "exit c1 137"]
 
@@ -824,6 +860,15 @@ async def test_pause_and_resume(tmp_path: Path) -> None:
         await container.resume()
         assert container.init.status.name == "RUNNING"
         assert p.log[-2:] == ["paused c1", "resumed c1"]
+
+
+@asynchronous
+async def test_of_many_who_pause_at_the_same_time_one_does(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        ends = await asyncio.gather(*(container.pause() for _ in range(3)), return_exceptions=True)
+        assert [type(end) for end in ends] == [type(None), WrongState, WrongState]
+        assert p.log.count("paused c1") == 1
 
 
 @pytest.mark.parametrize("operation", ["pause", "resume"])

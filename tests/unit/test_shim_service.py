@@ -341,7 +341,7 @@ def test_every_error_has_a_code_and_subclasses_come_first() -> None:
     assert {number for _, number in errors.STATUS} <= {int(code) for code in Code}
 
 
-@pytest.mark.parametrize("value", [b"", b"{", b"[]", b"null", b"\xff"])
+@pytest.mark.parametrize("value", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
 def test_json_that_makes_no_sense_is_refused(value: bytes) -> None:
     with pytest.raises(InvalidRequest, match="the process"):
         translate.json_value(AnyMessage(type_url="x", value=value), "the process")

@@ -219,7 +219,7 @@ def test_stdin_that_is_no_fifo(tmp_path: Path) -> None:
 async def test_no_paths_mean_no_streams() -> None:
     stdio = await opened(StdioPaths("", "", "", terminal=False), 1)
     assert (stdio.stdin, stdio.stdout, stdio.stderr) == (None, None, None)
-    await stdio.drain({"stdout": 10, "stderr": 10}, 1)
+    await stdio.drain(10, 10, 1)
     await stdio.closed(1)
     stdio.close()
 
@@ -304,7 +304,7 @@ async def test_drain_returns_once_the_bytes_are_with_the_client(fifo: Fifo) -> N
     assert stdio.stdout
     guest, host = memory.pair()
     stdio.stdout.start(host)
-    draining = asyncio.create_task(stdio.drain({"stdout": 5, "stderr": 0}, 5))
+    draining = asyncio.create_task(stdio.drain(5, 0, 5))
     await turns()
     assert not draining.done()
     await guest.write(b"12345")
@@ -329,7 +329,7 @@ async def test_drain_does_not_wait_for_a_client_that_has_gone(fifo: Fifo, ended:
     if ended:
         stdio.stdout.end_at(5)
         await stdio.stdout.closed()
-    draining = asyncio.create_task(stdio.drain({"stdout": 5, "stderr": 0}, 5))
+    draining = asyncio.create_task(stdio.drain(5, 0, 5))
     await asyncio.sleep(SOON)
     assert not draining.done()
 
@@ -349,7 +349,7 @@ async def test_drain_gives_up_after_its_limit(fifo: Fifo) -> None:
     stdio = await opened(StdioPaths("", fifo.path, "", terminal=False), 1)
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    await stdio.drain({"stdout": 1, "stderr": 0}, 0.05)
+    await stdio.drain(1, 0, 0.05)
     await stdio.closed(0.05)
     assert 0.08 < loop.time() - begun < 2
     stdio.close()

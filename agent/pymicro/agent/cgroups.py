@@ -84,15 +84,6 @@ def stats(group: str) -> "dict[str, str]":
     return texts
 
 
-def out_of_memory(group: str) -> bool:
-    """Tell whether the kernel has killed a process of the group for memory."""
-    try:
-        events = files.read_text(f"{group}/memory.events")
-    except OSError:
-        return False
-    return any(line.startswith("oom_kill ") and line != "oom_kill 0" for line in events.splitlines())
-
-
 def remove(group: str, patience: float = 2.0) -> None:
     """Remove the group and all below it, killing what is in there. Raises OSError if it is still busy after that."""
     send_signal(group, SIGKILL)

@@ -7,6 +7,7 @@ from _thread import allocate_lock
 from pymicro.agent import cgroups, files
 from pymicro.agent.crun import Crun, in_runc_words
 from pymicro.agent.errors import AlreadyExists, NotFound, RuntimeFailed, WrongState
+from pymicro.agent.memory import Watch
 from pymicro.agent.process import Process
 from pymicro.wire.frames import PREFIX_SIZE, encode
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pymicro.agent.control import Control
+    from pymicro.agent.memory import Watcher
     from pymicro.agent.reaper import Reaper
     from pymicro.wire.messages import Streams
 
@@ -26,13 +28,17 @@ EXEC_EXIT_LIMIT = 5.0
 class Container:
     """Wraps crun's container of the same id. The host serialises what must be: this guards its own data only."""
 
-    def __init__(self, control: "Control", reaper: "Reaper", container_id: str, spec: "dict[str, Any]") -> None:
+    def __init__(
+        self, control: "Control", reaper: "Reaper", memory: "Watcher", container_id: str, spec: "dict[str, Any]"
+    ) -> None:
         """Take an OCI spec; nothing is done yet."""
         self.id = container_id
         self.directory = f"{BUNDLES}/{container_id}"
         self.execs: dict[str, Process] = {}
         self._control = control
         self._reaper = reaper
+        self._memory = memory
+        self._watch: Watch | None = None
         self._crun = Crun(reaper, self.directory)
         self._lock = allocate_lock()
         linux = spec.setdefault("linux", {})
@@ -54,6 +60,7 @@ class Container:
         self._reaper.expect()
         try:
             self._launch_init(streams, terminal)
+            self._watch_memory()
             self.init.watch(self._before_init_report)
         except BaseException:
             self._undo_create()
@@ -72,8 +79,29 @@ class Container:
         except RuntimeFailed as error:
             raise RuntimeFailed(in_runc_words(str(error), first_word(self._spec.get("process")))) from error
 
+    def _watch_memory(self) -> None:
+        """Have the host told of each want of memory, unless the group is one that does not count it."""
+        try:
+            self._watch = Watch(self._group, self._tell_want_of_memory)
+        except FileNotFoundError:
+            return
+        self._memory.add(self._watch)
+
+    def _tell_want_of_memory(self) -> None:
+        self._control.send({"event": "oom", "container": self.id})
+
+    def _look_at_memory(self) -> None:
+        """Tell of a want of memory before what came of it."""
+        if self._watch:
+            self._watch.look()
+
+    def _forget_memory(self) -> None:
+        if self._watch:
+            self._memory.remove(self._watch)
+
     def _undo_create(self) -> None:
         self.init.close()
+        self._forget_memory()
         try:  # noqa: SIM105  # contextlib is not imported
             self._crun.run("delete", "--force", self.id)
         except RuntimeFailed:  # it may never have existed
@@ -106,7 +134,7 @@ class Container:
         self._reaper.expect()
         try:
             process.launch(streams, terminal, self.directory, command)
-            process.watch(bool)
+            process.watch(self._look_at_memory)
         except BaseException as error:
             self.forget_exec(process)
             if self.init.exited:
@@ -142,15 +170,15 @@ class Container:
             raise NotFound(f"container {self.id} has no exec {exec_id}")
         return process
 
-    def _before_init_report(self) -> bool:
-        """Let the init's exit be the container's last; tell whether memory ran out."""
+    def _before_init_report(self) -> None:
+        """Let the init's exit be the container's last."""
         if not self._own_pids:
             cgroups.send_signal(self._group, cgroups.SIGKILL)  # the kernel does it where the init had the namespace
         deadline = time.monotonic() + EXEC_EXIT_LIMIT
         for process in list(self.execs.values()):
             if process.pid:
                 process.reported.wait(max(0.0, deadline - time.monotonic()))
-        return cgroups.out_of_memory(self._group)
+        self._look_at_memory()
 
     def signal_all(self, number: int) -> None:
         """Send a signal to every process of the container. Raises NotFound if there is none."""
@@ -179,6 +207,7 @@ class Container:
 
     def delete(self) -> None:
         """Kill what is left, run `crun delete` and remove every trace. Raises RuntimeFailed, OSError."""
+        self._forget_memory()
         self._crun.run("delete", "--force", self.id)
         cgroups.remove(self._group)
         if self.init.pid:

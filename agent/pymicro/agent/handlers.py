@@ -9,6 +9,7 @@ from fcntl import ioctl
 from pymicro.agent import mounts
 from pymicro.agent.container import Container
 from pymicro.agent.errors import AlreadyExists, Invalid, NotFound, WrongState
+from pymicro.agent.memory import Watcher
 from pymicro.wire.messages import SHARE_TAG
 
 TYPE_CHECKING = False
@@ -37,6 +38,7 @@ class Agent:
         self.control = control
         self.reaper = reaper
         self.ports = ports
+        self.memory = Watcher()
         self.containers: dict[str, Container] = {}
         self.lock = allocate_lock()
 
@@ -72,7 +74,7 @@ def add_entropy(seed: bytes) -> None:
 def create(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]":
     """Create a container. Its exit, however early, is reported after the reply."""
     name = checked_id(params["container"])
-    container = Container(agent.control, agent.reaper, name, params["spec"])
+    container = Container(agent.control, agent.reaper, agent.memory, name, params["spec"])
     with agent.lock:
         if name in agent.containers:
             raise AlreadyExists(f"container {name} exists already")
@@ -145,7 +147,9 @@ def update(agent: Agent, params: "Params") -> "Result":
 
 def pids(agent: Agent, params: "Params") -> "Result":
     container = agent.find(params)
-    running = {name: process.pid for name, process in list(container.execs.items()) if not process.exited}
+    running = {
+        name: process.pid for name, process in list(container.execs.items()) if process.pid and not process.exited
+    }
     return {"pids": container.pids(), "init": container.init.pid, "execs": running}
 
 

@@ -44,7 +44,7 @@ class Process:
         self._stdin: InputPump | None = None
         self._outputs: dict[str, OutputPump] = {}
         self._console: int | None = None
-        self._before_report: Callable[[], bool] = bool
+        self._before_report: Callable[[], object] = bool
 
     def __repr__(self) -> str:
         name = self.container if self.exec_id is None else f"{self.container}/{self.exec_id}"
@@ -126,8 +126,8 @@ class Process:
     def _pumps(self) -> "list[Pump]":
         return [*([self._stdin] if self._stdin else ()), *self._outputs.values()]
 
-    def watch(self, before_report: "Callable[[], bool]") -> None:
-        """Begin to wait for the exit. `before_report` is called before it is reported; its result is the oom flag."""
+    def watch(self, before_report: "Callable[[], object]") -> None:
+        """Begin to wait for the exit. `before_report` is called before it is reported."""
         self._before_report = before_report
         self._reaper.watch(self.pid, self._take_exit)
 
@@ -138,12 +138,12 @@ class Process:
     def _report(self, status: int) -> None:
         with self.gate:
             pass
-        oom = self._before_report()
+        self._before_report()
         deadline = time.monotonic() + DRAIN_LIMIT
         while not all(pump.drained() for pump in self._outputs.values()) and time.monotonic() < deadline:
             time.sleep(DRAIN_STEP)
         counts = {name: self._outputs[name].sent if name in self._outputs else 0 for name in ("stdout", "stderr")}
-        self._send_event("exit", status=status, oom=oom, **counts)
+        self._send_event("exit", status=status, **counts)
         self.reported.set()
 
     def _send_event(self, event: str, **fields: "Any") -> None:  # the fields are those of the wire's events

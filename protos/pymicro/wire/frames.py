@@ -23,13 +23,21 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    """Return the number, unless it is so large that a float is infinite: that could not be said again."""
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"{text} is beyond what a number can be")
+    return value
+
+
 class _ScannerOptions:
     """What make_scanner reads from its argument: the attributes of a json.JSONDecoder."""
 
     strict = True
     object_hook = None
     object_pairs_hook = None
-    parse_float = float
+    parse_float = staticmethod(_finite)
     parse_int = int
     parse_constant = staticmethod(_refuse_constant)
 

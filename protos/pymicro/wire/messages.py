@@ -143,7 +143,6 @@ if TYPE_CHECKING:
         status: int  # 0..255; 128 + n after signal n
         stdout: int
         stderr: int
-        oom: bool  # the kernel killed a process of this container for memory since its start (init only)
 
     class EofEvent(TypedDict):
         """A stream ended after `bytes` bytes: relay them all, then close its connection."""
@@ -153,6 +152,12 @@ if TYPE_CHECKING:
         exec: "str | None"
         stream: Literal["stdout", "stderr"]
         bytes: int
+
+    class OomEvent(TypedDict):
+        """The kernel has killed processes of a container for memory. Comes before their exits."""
+
+        event: Literal["oom"]
+        container: str
 
 
 PROTOCOL_VERSION = 3

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from msgspec import ValidationError, convert
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import (
     AlreadyExists,
@@ -19,6 +20,7 @@ from pymicro.shim.errors import (
     StepTimeout,
     WrongState,
 )
+from pymicro.shim.guestmessages import EVENTS, Event, Reply
 from pymicro.wire import frames, messages
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ ERRORS: dict[str, type[ShimError]] = {
 class AgentClient:
     """Talks to one agent. When the connection ends every pending call raises SandboxDied: nobody waits for ever."""
 
-    def __init__(self, channel: Channel, on_event: Callable[[dict[str, Any]], None], timeout: float) -> None:
+    def __init__(self, channel: Channel, on_event: Callable[[Event], None], timeout: float) -> None:
         """Take a control connection whose hello has been read; `timeout` (seconds) bounds each call."""
         self._channel = channel
         self._on_event = on_event
@@ -90,9 +92,11 @@ class AgentClient:
                 self._take(await self._channel.read_message())
         except OSError as error:
             reason = f"{reason}: {error}"
+        except (frames.FrameError, ValidationError) as error:
+            reason = f"the guest's agent sent what makes no sense: {error}"
         except Exception as error:
-            logger.exception("a message of the guest's agent makes no sense")
-            reason = f"the guest's agent sent what makes no sense: {type(error).__name__}: {error}"
+            logger.exception("a message of the guest's agent could not be dealt with")
+            reason = f"{reason}: {type(error).__name__}: {error}"
         finally:
             self.ended = SandboxDied(reason)
             for future in self._pending.values():
@@ -115,14 +119,19 @@ class AgentClient:
                 self._channel.socket.shutdown(socket.SHUT_RDWR)  # the reader takes it from here
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "event" in message:
-            self._on_event(message)
+        """Hand over an event or a reply. Raises ValidationError where it is neither."""
+        if (name := message.get("event")) is not None:
+            kind = EVENTS.get(name) if isinstance(name, str) else None
+            if kind is None:
+                logger.debug("the agent told of something unknown: %s", name)
+            else:
+                self._on_event(convert(message, kind))
             return
-        future = self._pending.get(message.get("id", 0))
+        reply = convert(message, Reply)
+        future = self._pending.get(reply.id)
         if future is None or future.done():
-            logger.debug("the agent answered a call that nobody waits for any more: %s", message.get("id"))
-        elif "error" in message:
-            error = message["error"]
-            future.set_exception(ERRORS.get(error["kind"], GuestError)(error["message"]))
+            logger.debug("the agent answered a call that nobody waits for any more: %s", reply.id)
+        elif reply.error is not None:
+            future.set_exception(ERRORS.get(reply.error.kind, GuestError)(reply.error.message))
         else:
-            future.set_result(message["result"])
+            future.set_result(reply.result or {})

@@ -17,6 +17,7 @@ from pymicro.shim.errors import SandboxDied, StepTimeout
 from pymicro.shim.helper import Helper, watched
 from pymicro.shim.hypervisor.base import Boot, Origin, Share, Vm, VmExit
 from pymicro.shim.ignition import Ignition, Note, Started
+from pymicro.shim.sparing import Sparing
 from pymicro.shim.template_builder import Builder
 from pymicro.shim.timeline import Timeline
 from pymicro.wire import frames, messages
@@ -27,6 +28,10 @@ T = TypeVar("T")
 
 _GREETING_LIMIT = 5.0
 """Seconds in which a connection from the guest must say what it is."""
+MOST_GREETINGS = 64
+"""Connections that may not have said yet what they are; more of them wait in the socket's queue."""
+_ACCEPT_PAUSE = 0.1
+"""Seconds after which accept(2) is tried again where the process has no descriptor left."""
 _SAME_MOMENT = 1.0
 """Seconds in which processes that end because of each other are reaped, on a host with other things to do."""
 
@@ -161,6 +166,8 @@ class Greeter:
         self._take_stream = take_stream
         self._control: asyncio.Future[Greeting] = asyncio.get_running_loop().create_future()
         self._greetings: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(MOST_GREETINGS)
+        self._warn = Sparing(logger)
         self._accepting = asyncio.create_task(self._accept(), name="greeter")
 
     async def control(self, limit: float) -> Greeting:
@@ -185,7 +192,8 @@ class Greeter:
     async def _accept(self) -> None:
         try:
             while True:
-                channel = await self._vm.accept()
+                await self._room.acquire()
+                channel = await self._next()
                 greeting = asyncio.create_task(self._greet(channel))
                 self._greetings.add(greeting)
                 greeting.add_done_callback(partial(self._greeted, channel))
@@ -193,8 +201,18 @@ class Greeter:
             if not self._control.done():
                 self._control.set_exception(SandboxDied(f"{error}; {_console(self._vm.console())}"))
 
+    async def _next(self) -> Channel:
+        """Return the next connection. Raises SandboxDied."""
+        while True:
+            try:
+                return await self._vm.accept()
+            except OSError as error:
+                self._warn("a connection from the guest cannot be taken: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE)
+
     def _greeted(self, channel: Channel, greeting: asyncio.Task[None]) -> None:
         self._greetings.discard(greeting)
+        self._room.release()
         if greeting.cancelled():
             channel.close()
 
@@ -203,7 +221,7 @@ class Greeter:
             async with asyncio.timeout(_GREETING_LIMIT):
                 hello = await channel.read_message()
         except (OSError, frames.FrameError, TimeoutError) as error:
-            logger.warning("a connection from the guest said nothing sensible: %s", error)
+            self._warn("a connection from the guest said nothing sensible: %s", error)
             channel.close()
             return
         if hello.get("hello") == "stream":
@@ -221,7 +239,7 @@ class Greeter:
                     )
                 )
         else:
-            logger.warning("a second control connection from the guest was refused")
+            self._warn("a second control connection from the guest was refused")
             channel.close()
 
 

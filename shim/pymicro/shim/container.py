@@ -8,12 +8,13 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pymicro.shim import cgroup
+from pymicro.shim import cgroup, guestmessages
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.anchor import Anchor
 from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, ShimError, StepTimeout, WrongState
 from pymicro.shim.events import Publisher
+from pymicro.shim.guestmessages import result_of
 from pymicro.shim.guestspec import guest_process, guest_resources
 from pymicro.shim.process import KILLED, Process, Status
 from pymicro.shim.requests import Deleted, ExecProcess, ProcessInfo
@@ -53,6 +54,7 @@ class Container:
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
+    _freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -131,11 +133,12 @@ class Container:
                     "streams": tokens,
                 },
             )
+            started = result_of("exec", reply, guestmessages.Started)
         except BaseException:
             await process.close(self.pod.streams, 0)
             process.failed_to_start()
             raise
-        process.started(reply["pid"])
+        process.started(started.pid)
         self.pod.events.exec_started(self.id, process.exec_id, process.pid)
 
     def add_exec(self, request: ExecProcess) -> None:
@@ -147,17 +150,13 @@ class Container:
         self._exec_specs[request.exec_id] = request.spec
         self.pod.events.exec_added(self.id, request.exec_id)
 
-    async def exited(self, event: dict[str, Any]) -> None:
+    async def exited(self, process: Process, event: guestmessages.Exit) -> None:
         """Take the agent's exit event: output first, then TaskExit, then the waiters."""
-        process = self.process(event["exec"] or "")
-        process.guest_status = event["status"]
         await process.drain(event, self.pod.drain_limit)
-        if event["oom"]:
-            self.pod.events.out_of_memory(self.id)
         if process is self.init:
             for other in list(self.execs.values()):  # clients may add and delete some meanwhile
                 await self._report_exit(other, KILLED)
-        await self._report_exit(process, event["status"])
+        await self._report_exit(process, event.status)
 
     async def lost(self) -> None:
         """The VM is gone, and every process of the container with it."""
@@ -210,27 +209,30 @@ class Container:
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""
-        self.init.require(Status.RUNNING)
-        await (await self.pod.agent()).call("pause", {"container": self.id})
-        if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
-            self.init.status = Status.PAUSED
-        self.pod.events.paused(self.id)
+        async with self._freezing:
+            self.init.require(Status.RUNNING)
+            await (await self.pod.agent()).call("pause", {"container": self.id})
+            if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
+                self.init.status = Status.PAUSED
+            self.pod.events.paused(self.id)
 
     async def resume(self) -> None:
         """Thaw every process. Raises WrongState."""
-        self.init.require(Status.PAUSED)
-        await (await self.pod.agent()).call("resume", {"container": self.id})
-        if self.init.status is Status.PAUSED:
-            self.init.status = Status.RUNNING
-        self.pod.events.resumed(self.id)
+        async with self._freezing:
+            self.init.require(Status.PAUSED)
+            await (await self.pod.agent()).call("resume", {"container": self.id})
+            if self.init.status is Status.PAUSED:
+                self.init.status = Status.RUNNING
+            self.pod.events.resumed(self.id)
 
     async def pids(self) -> list[ProcessInfo]:
         """Return all processes: the init by its anchor's pid, others by their pid in the guest."""
         if self.init.status is Status.STOPPED:
             return []
         reply = await (await self.pod.agent()).call("pids", {"container": self.id})
-        execs = {pid: exec_id for exec_id, pid in reply["execs"].items()}
-        others = [ProcessInfo(pid, execs.get(pid, "")) for pid in reply["pids"] if pid != reply["init"]]
+        found = result_of("pids", reply, guestmessages.Pids)
+        execs = {pid: exec_id for exec_id, pid in found.execs.items()}
+        others = [ProcessInfo(pid, execs.get(pid, "")) for pid in found.pids if pid != found.init]
         return [ProcessInfo(self.anchor.pid), *others]
 
     async def resize(self, exec_id: str, width: int, height: int) -> None:
@@ -250,7 +252,7 @@ class Container:
     async def stats(self) -> dict[str, str]:
         """Return the texts of the container's cgroup files in the guest, by name."""
         reply = await (await self.pod.agent()).call("stats", {"container": self.id})
-        return dict(reply["files"])
+        return result_of("stats", reply, guestmessages.Stats).files
 
     async def delete_exec(self, exec_id: str) -> Deleted:
         """Forget a stopped or never started exec. Raises WrongState while it runs."""

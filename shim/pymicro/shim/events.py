@@ -72,6 +72,7 @@ class Publisher:
         self._address = address
         self._namespace = namespace
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._oom_queued: set[str] = set()
         self._forwarder: Forwarder | None = None
         self._task = asyncio.create_task(self._run(), name="event-publisher")
 
@@ -106,6 +107,10 @@ class Publisher:
         self._publish(Resumed(container_id, datetime.now(UTC)))
 
     def _publish(self, event: Event) -> None:
+        if isinstance(event, OutOfMemory):
+            if event.container_id in self._oom_queued:  # a guest may say so as often as it likes
+                return
+            self._oom_queued.add(event.container_id)
         self._queue.put_nowait(event)
 
     async def flush(self, limit: float) -> None:
@@ -126,5 +131,7 @@ class Publisher:
                 from pymicro.shim.forward import Forwarder
 
                 self._forwarder = Forwarder(self._address, self._namespace)
+            if isinstance(event, OutOfMemory):
+                self._oom_queued.discard(event.container_id)
             await self._forwarder.forward(event)
             self._queue.task_done()

@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "containerd.services.events.ttrpc.v1.Events"
 REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED})
-_FORWARD_TIMEOUT = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
 
@@ -92,7 +91,11 @@ class Forwarder:
         return f"<Forwarder {self._address} {'connected' if self._client else 'not connected'}>"
 
     async def forward(self, event: events.Event) -> None:
-        """Return when containerd has taken `event`, or has refused it for good."""
+        """Return when containerd has taken `event`, or has refused it for good.
+
+        A containerd that says nothing is waited for as long as the connection lives: it may still take what has been
+        sent, and would take an event that is sent again for another one.
+        """
         envelope = types_pb2.Envelope(
             timestamp=timestamp(event.at),
             namespace=self._namespace,
@@ -105,7 +108,7 @@ class Forwarder:
             try:
                 if self._client is None:
                     self._client = await Client.connect(self._address)
-                await self._client.call(SERVICE, "Forward", request, Empty, timeout=_FORWARD_TIMEOUT)
+                await self._client.call(SERVICE, "Forward", request, Empty)
             except StatusError as error:
                 if error.code in REFUSED:  # it would say the same for ever, and every later event would wait
                     logger.error("containerd refused an event, which is lost: %s", error)  # noqa: TRY400

@@ -4,8 +4,8 @@ import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Any
 
+from pymicro.shim import guestmessages
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import NotFound, SandboxDied, WrongState
@@ -99,10 +99,10 @@ class Process:
         if self._stdio and self._stdio.stdin:
             self._stdio.stdin.close_writer()
 
-    async def drain(self, event: dict[str, Any], limit: float) -> None:
+    async def drain(self, exited: guestmessages.Exit, limit: float) -> None:
         """Bring what the process wrote before its exit to the client, in at most `limit` seconds."""
         if self._stdio is not None:
-            await self._stdio.drain(event, limit)
+            await self._stdio.drain(exited.stdout, exited.stderr, limit)
 
     def guest_gone(self) -> None:
         """The VM is gone: no stream of this process will be opened any more."""

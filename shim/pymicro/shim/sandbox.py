@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, closing, suppress
 from typing import Any
 
 from msgspec.structs import replace
-from pymicro.shim import anchor, cgroup, guestspec, rootfs
+from pymicro.shim import anchor, cgroup, guestmessages, guestspec, rootfs
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
@@ -18,6 +18,7 @@ from pymicro.shim.container import Container
 from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, GuestError, InvalidRequest, NotFound, SandboxDied, ShimError, StepTimeout
 from pymicro.shim.events import Publisher
+from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted
@@ -158,18 +159,24 @@ class Sandbox:
         """Record facts in the run directory, before they are true."""
         self._record.note(**facts, containers=sorted({*self.containers, *self._creating}))
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        container = self.containers.get(event["container"])
+    def _on_event(self, event: guestmessages.Event) -> None:
+        container = self.containers.get(event.container)
         if container is None:
             logger.debug("an event of an unknown container: %s", event)
             return
-        if event["event"] == "eof":
-            try:
-                container.process(event["exec"] or "").eof(event["stream"], event["bytes"])
-            except NotFound:
-                logger.debug("an event of an unknown exec: %s", event)
-        elif event["event"] == "exit":
-            self.spawn(container.exited(event))
+        if not isinstance(event, guestmessages.Exit | guestmessages.Eof):
+            self.events.out_of_memory(container.id)
+            return
+        try:
+            process = container.process(event.exec or "")
+        except NotFound:
+            logger.debug("an event of an unknown exec: %s", event)
+            return
+        if isinstance(event, guestmessages.Eof):
+            process.eof(event.stream, event.bytes)
+        elif process.guest_status is None:  # it ends once
+            process.guest_status = event.status
+            self.spawn(container.exited(process, event))
 
     # --- containers
 
@@ -262,7 +269,7 @@ class Sandbox:
         stack.push_async_callback(self._delete_in_guest, request.id)
         terminal = request.stdio.terminal
         params = {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
-        container.guest_pid = (await agent.call("create", params))["pid"]
+        container.guest_pid = result_of("create", await agent.call("create", params), guestmessages.Started).pid
         timeline.span("create", up)
         self.events.created(request, container.anchor.pid)
         process.gate.set()

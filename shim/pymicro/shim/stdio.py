@@ -51,9 +51,9 @@ class Stdio:
         if self.stderr is None:
             self.stderr = await open_output(stderr, timeout)
 
-    async def drain(self, counts: dict[str, int], limit: float) -> None:
-        """Wait until the client has read the given number of bytes of each output, at most `limit` seconds."""
-        outputs = ((self.stdout, counts["stdout"]), (self.stderr, counts["stderr"]))
+    async def drain(self, stdout: int, stderr: int, limit: float) -> None:
+        """Wait until the client has read so many bytes of each output, at most `limit` seconds."""
+        outputs = ((self.stdout, stdout), (self.stderr, stderr))
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
                 for output, count in outputs:

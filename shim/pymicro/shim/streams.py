@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from pymicro.shim.channel.base import Channel
+from pymicro.shim.sparing import Sparing
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._expected: dict[str, Callable[[Channel], object]] = {}
+        self._warn = Sparing(logger)
 
     def expect(self, take: Callable[[Channel], object] | None) -> str | None:
         """Return a fresh token; the connection that presents it goes to `take`. None stays None: no stream is
@@ -32,7 +34,7 @@ class Streams:
         """Hand `channel` to whoever expects `token`, once; close it if nobody does."""
         take = self._expected.pop(token, None) if isinstance(token, str) else None
         if take is None:
-            logger.warning("a connection from the guest presented an unknown token; closed")
+            self._warn("a connection from the guest presented an unknown token; closed")
             channel.close()
         else:
             take(channel)

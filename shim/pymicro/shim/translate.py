@@ -50,7 +50,7 @@ def json_value(message: AnyMessage, what: str) -> dict[str, Any]:
     """Return the JSON object that containerd packs into an Any for types of the runtime spec. Raises InvalidRequest."""
     try:
         value = json.loads(message.value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} ({message.type_url or 'no type'}) is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} ({message.type_url or 'no type'}) is no JSON object")

@@ -148,16 +148,18 @@ class FakeGuest:
         name = {"container": container, "exec": exec_id}
         await self._say({"event": "eof", **name, "stream": stream, "bytes": count})
 
-    async def exit(
-        self, status: int, container: str, exec_id: str | None = None, *, oom: bool = False, ends: bool = True
-    ) -> None:
+    async def exit(self, status: int, container: str, exec_id: str | None = None, *, ends: bool = True) -> None:
         """Have a process exit, its outputs ending with it unless a child holds them (`ends`)."""
         process = self.process(container, exec_id)
         process.exited = True
         name = {"container": container, "exec": exec_id}
-        await self._say({"event": "exit", **name, "status": status, "oom": oom, **process.sent})
+        await self._say({"event": "exit", **name, "status": status, **process.sent})
         for stream in process.sent if ends else ():
             await self.end(stream, container, exec_id)
+
+    async def run_out_of_memory(self, container: str) -> None:
+        """Say that processes of a container have been killed for memory."""
+        await self._say({"event": "oom", "container": container})
 
     # --- what it answers
 
