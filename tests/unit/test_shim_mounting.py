@@ -49,6 +49,7 @@ def test_overlay_options_become_shorter(data: tuple[str, ...], directory: str, s
     ("given", "said"),
     [
         (Mount("overlay", "overlay", "", ("uidmap=0:1000:1", "lowerdir=/a:/b")), "maps ids, which pymicro cannot"),
+        (Mount("fuse3.fuse-overlayfs", "overlay", "", ()), "'fuse3.fuse-overlayfs': pymicro runs no mount helpers"),
         (Mount("format/mkdir/overlay", "overlay", "", ()), "'format/mkdir/overlay': .* containerd 2.2 and newer"),
     ],
 )

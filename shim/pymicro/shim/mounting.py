@@ -86,6 +86,8 @@ def mount(mount: "Mount", target: str) -> None:
             f"the root filesystem has a mount of type {mount.type!r}: what precedes the last slash is for the mount "
             "manager of containerd 2.2 and newer"
         )
+    if mount.type.startswith(("fuse.", "fuse3.")):
+        raise InvalidRequest(f"the root filesystem has a mount of type {mount.type!r}: pymicro runs no mount helpers")
     options = Options.parse(mount.options)
     if any(option.startswith(("uidmap=", "gidmap=")) for option in options.data):
         raise InvalidRequest(f"the {mount.type} mount of the root filesystem maps ids, which pymicro cannot")

@@ -305,8 +305,8 @@ class Sandbox:
         """
         if self.idle:
             self._end()
-        else:
-            with suppress(SandboxDied, NotFound, StepTimeout, GuestError):
+        elif self._agent.done():
+            with suppress(ShimError):
                 await (await self.agent()).call("release", {"path": in_guest})
         deadline = time.monotonic() + _LETS_GO
         while not rootfs.let_go(root):
