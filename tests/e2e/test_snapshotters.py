@@ -29,8 +29,11 @@ def require(containerd: Containerd, snapshotter: str) -> None:
     rows = [line.split() for line in containerd.ctr("plugins", "ls").stdout.splitlines()]
     states = [row[-1] for row in rows if row[0].endswith("snapshotter.v1") and row[1] == snapshotter]
     if states != ["ok"]:
-        why = "is not on this host" if states else f"is not in containerd {containerd.version}"
-        pytest.skip(f"what the snapshotter {snapshotter} needs {why}")
+        pytest.skip(
+            f"this host lacks what the snapshotter {snapshotter} needs"
+            if states
+            else f"containerd {containerd.version} has no snapshotter {snapshotter}"
+        )
 
 
 @pytest.fixture(params=SNAPSHOTTERS)
