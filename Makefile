@@ -44,7 +44,7 @@ help: ## list the targets
 run: ready ## set everything up, run one container in its own VM, and say which kernels host and container have
 	@$(HOST) -m tests.framework.dev run --containerd $(CONTAINERD)
 
-up: ready ## start a private containerd in the background (CONTAINERD=1.6|1.7|1.7-grpc|2.1), to be used after `. build/dev/env`
+up: ready ## start a private containerd in the background (CONTAINERD=1.6|1.7|1.7-grpc|2.1|2.4), to be used after `. build/dev/env`
 	@$(HOST) -m tests.framework.dev up --containerd $(CONTAINERD) --directory $(DEV)
 
 down: ## stop it, and whatever an interrupted run or test has left; nothing stays running or mounted

@@ -1,7 +1,7 @@
 """Fixtures of all tests, named after the stages of a life cycle: a containerd that runs, a client, a running container.
 
-`--containerd=1.6,1.7,1.7-grpc,2.1` runs every test that uses containerd against each of these versions (and once with
-shims that speak gRPC); without it they use the newest, and those marked `every_containerd` all of them. `--start=boot`
+`--containerd=1.6,1.7,1.7-grpc,2.1,2.4` runs every test that uses containerd against each of these versions (and once
+with shims that speak gRPC); without it they use 2.1, and those marked `every_containerd` all of them. `--start=boot`
 has every VM boot its own kernel, `--hypervisor=cloud-hypervisor` makes it one of Cloud Hypervisor's.
 """
 
@@ -17,8 +17,9 @@ from msgspec.structs import asdict
 from pymicro.shim.config import Timeouts
 from pymicro.shim.hypervisor import registry
 
-from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
+from tests.framework.containerd import REPOSITORY, USUAL, VERSIONS, Containerd, claimed_directory
 from tests.framework.ctr import PYMICRO, Container, Ctr
+from tests.framework.golang import GoMissing
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod, SharedPod
 from tests.framework.settings import dev_paths
@@ -39,7 +40,7 @@ LOG_SECTION = pytest.StashKey[tuple[Containerd, int]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--containerd", default="", help="versions to test against: 1.6,1.7,1.7-grpc,2.1 (default: the newest)"
+        "--containerd", default="", help="versions to test against: 1.6,1.7,1.7-grpc,2.1,2.4 (default: 2.1)"
     )
     parser.addoption("--runtime", default=PYMICRO, help="the runtime under test; io.containerd.runc.v2 tests the tests")
     parser.addoption(
@@ -72,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "containerd" in metafunc.fixturenames:
         chosen = [version for version in metafunc.config.getoption("--containerd").split(",") if version]
         everywhere = metafunc.definition.get_closest_marker("every_containerd") is not None
-        versions = chosen or (list(VERSIONS) if everywhere else [NEWEST])
+        versions = chosen or (list(VERSIONS) if everywhere else [USUAL])
         metafunc.parametrize("containerd", versions, indirect=True, scope="session")
 
 
@@ -110,6 +111,8 @@ def containerd(artefacts: dict[str, str], request: pytest.FixtureRequest) -> Ite
         try:
             instance.start()
             yield instance
+        except GoMissing as error:
+            pytest.skip(str(error))
         finally:
             instance.stop()
 

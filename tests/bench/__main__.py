@@ -18,7 +18,7 @@ from tests.bench import cases, memory, report
 from tests.bench.floor import by_hand
 from tests.bench.options import Options, from_environment
 from tests.bench.waves import Wave, wave
-from tests.framework.containerd import NEWEST, Containerd
+from tests.framework.containerd import USUAL, Containerd
 
 OUTPUT = Path("build/bench.json")
 RUNTIMES = {"runc": cases.RUNC, "pymicro": cases.PYMICRO}
@@ -50,7 +50,7 @@ def main() -> int:
 @contextmanager
 def private_containerd() -> Iterator[tuple[Containerd, Path]]:
     """Run a containerd, with a directory of its own for templates; nothing of it stays, interrupted or not."""
-    containerd = Containerd(NEWEST, Path("build/bench"))
+    containerd = Containerd(USUAL, Path("build/bench"))
     templates = Path(f"/dev/shm/pymicro-bench{str(containerd.home).replace('/', '-')}")
     shutil.rmtree(templates, ignore_errors=True)
     try:

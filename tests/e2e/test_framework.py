@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -36,12 +35,12 @@ def test_a_background_container_can_be_driven(ctr: Ctr) -> None:
 def test_a_terminal_shows_what_is_typed_and_its_size(ctr: Ctr) -> None:
     terminal = ctr.terminal("sh", runtime=RUNC, rows=33, columns=101)
     terminal.expect("# ")
-    terminal.send("stty size\n")
-    terminal.expect("33 101")
+    waits = "until stty size | grep '{}'; do sleep 0.1; done"  # clients set a size when they have started the program
+    terminal.send(f"{waits.format('33 101')}\n")
+    terminal.expect("\n33 101")
     terminal.resize(20, 60)
-    time.sleep(0.5)
-    terminal.send("stty size; exit 4\n")
-    terminal.expect("20 60")
+    terminal.send(f"{waits.format('20 60')}; exit 4\n")
+    terminal.expect("\n20 60")
     assert terminal.wait() == 4
 
 

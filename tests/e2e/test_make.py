@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.containerd import NEWEST, REPOSITORY, VERSIONS, Containerd, claimed_directory
+from tests.framework.containerd import REPOSITORY, USUAL, VERSIONS, Containerd, claimed_directory
+from tests.framework.golang import GoMissing
 from tests.framework.processes import mounts_under, processes_of
+from tests.framework.tools import tool
 from tests.framework.waiting import seconds
 
 RUN = "ctr run --rm --runtime io.containerd.pymicro.v1 localhost/busybox:latest"
 TIMEOUT = 240
 
 
-def make(target: str, directory: Path, version: str = NEWEST) -> subprocess.CompletedProcess[str]:
+def make(target: str, directory: Path, version: str = USUAL) -> subprocess.CompletedProcess[str]:
     argv = ["make", target, f"DEV={directory}", f"CONTAINERD={version}"]
     return subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=TIMEOUT)
 
@@ -32,7 +34,7 @@ def in_shell(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 def remains(directory: Path) -> list[str]:
-    containerd = Containerd(NEWEST, directory)
+    containerd = Containerd(USUAL, directory)
     sandboxes = containerd.sandboxes()
     mounts = mounts_under([containerd.home, *sandboxes])
     return [*map(str, processes_of(containerd.home)), *mounts, *map(str, sandboxes)]
@@ -50,6 +52,10 @@ def directory(artefacts: dict[str, str]) -> Iterator[Path]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_up_gives_a_shell_in_which_containers_run(directory: Path, version: str) -> None:
+    try:
+        tool(f"containerd-{version.partition('-')[0]}")
+    except GoMissing as error:
+        pytest.skip(str(error))
     make("up", directory, version)
 
     done = in_shell(directory, f"{RUN} a uname -r")

@@ -2,6 +2,7 @@
 
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.framework.oci import Blobs, Layer, add_file, as_json
@@ -23,11 +24,13 @@ DIRECTORIES = (
 )
 
 
-def write_archive(archive: Path) -> None:
-    """Write the image as an OCI archive that `ctr images import` takes. The same busybox gives the same bytes."""
+def write_archive(archive: Path, name: str = NAME, above: Sequence[bytes] = ()) -> None:
+    """Write the image, with layers `above` its own, as an OCI archive that `ctr images import` takes. The same busybox
+    gives the same bytes.
+    """
     blobs = Blobs()
-    entry = blobs.add_image([layer()], ["sh"], created_by="pymicro tests/framework/busybox.py")
-    entry["annotations"] = {"io.containerd.image.name": NAME, "org.opencontainers.image.ref.name": "latest"}
+    entry = blobs.add_image([layer(), *above], ["sh"], created_by="pymicro tests/framework/busybox.py")
+    entry["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "latest"}
     with tarfile.open(archive, "w") as tar:
         add_file(tar, "oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
         add_file(tar, "index.json", as_json({"schemaVersion": 2, "manifests": [entry]}))

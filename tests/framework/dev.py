@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.framework.busybox import NAME as IMAGE
 from tests.framework.cache import locked
-from tests.framework.containerd import NEWEST, VERSIONS, Containerd, ContainerdError, claimed_directory
+from tests.framework.containerd import USUAL, VERSIONS, Containerd, ContainerdError, claimed_directory
 from tests.framework.debian import ToolError
 
 PYMICRO = "io.containerd.pymicro.v1"
@@ -50,7 +50,7 @@ def down(containerd: Containerd) -> None:
     for lock in sorted((REPOSITORY / "build").glob("*/*.lock")):
         with lock.open("w") as handle, suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            Containerd(NEWEST, lock.with_suffix("")).stop()
+            Containerd(USUAL, lock.with_suffix("")).stop()
 
 
 def run(containerd: Containerd, runtime: str) -> int:
@@ -81,7 +81,7 @@ def main() -> int:
     """Do what the command line says; errors become one message and exit code 1."""
     parser = argparse.ArgumentParser(prog="dev", description="a private containerd with the pymicro shim")
     parser.add_argument("verb", choices=("up", "down", "run"))
-    parser.add_argument("--containerd", choices=VERSIONS, default=NEWEST, help="the version (default: %(default)s)")
+    parser.add_argument("--containerd", choices=VERSIONS, default=USUAL, help="the version (default: %(default)s)")
     parser.add_argument(
         "--directory", type=Path, default=REPOSITORY / "build/dev", help="its place (default: build/dev)"
     )

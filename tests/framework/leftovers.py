@@ -1,4 +1,4 @@
-"""The proof that a test left nothing on the host: no process, mount, directory, socket, cgroup, tap or bundle.
+"""The proof that a test left nothing on the host: no process, mount, loop device, directory, socket, cgroup or tap.
 
 A private containerd has directories and a namespace of its own, so what is found there is the test's, whatever else
 the host is doing meanwhile.
@@ -40,6 +40,7 @@ class Leftovers:
         found += [f"socket {path}" for path in self._sockets()]
         found += [f"cgroup {path}" for path in self._cgroups()]
         found += [f"tap {name}" for name in sorted(_taps() - self._taps_before)]
+        found += [f"loop device of {file}" for file in loop_files(self._containerd.home)]
         return found
 
     def check(self, grace: float = GRACE) -> None:
@@ -98,6 +99,19 @@ class Leftovers:
         """Return cgroups below the namespace's own, where `ctr` puts its containers, in every hierarchy."""
         roots = [CGROUPS, *(path for path in CGROUPS.iterdir() if path.is_dir())]
         return sorted({path for root in roots for path in (root / self._containerd.namespace).glob("*/")})
+
+
+def loop_files(directory: Path) -> list[str]:
+    """Return the files at or below `directory` that are a loop device, less image layers, which containerd has
+    mounted.
+    """
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # freed meanwhile
+            file = path.read_text().strip()
+            if file.startswith(f"{directory}/") and not file.endswith("/layer.erofs"):
+                found.append(file)
+    return sorted(found)
 
 
 def _taps() -> set[str]:

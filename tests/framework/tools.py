@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.framework.cache import built_once, cache_directory
 from tests.framework.debian import Suite, ToolError
+from tests.framework.golang import Release
 
 LAYOUT = 2  # raise it when what a tool's directory looks like changes
 
@@ -32,17 +33,34 @@ class Part:
     programs: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Programs that no Debian has yet: commands of a release of containerd, built from source."""
+
+    release: Release
+    commands: tuple[str, ...]
+
+
+def _runc(*suites: str) -> Part:
+    # A newer suite's runc may want a newer C library. It runs itself through /proc/self/exe, so no loader can help it.
+    return Part("runc", tuple(dict.fromkeys((*suites, "trixie", "bookworm"))), (("usr/sbin/runc", "-v"),))
+
+
 def _containerd(suite: str) -> tuple[Part, ...]:
     programs = (("usr/bin/containerd", "-v"), ("usr/bin/ctr", "-v"), ("usr/bin/containerd-shim-runc-v2", "-v"))
-    # A newer suite's runc may want a newer C library. It runs itself through /proc/self/exe, so no loader can help it.
-    runc_suites = tuple(dict.fromkeys((suite, "trixie", "bookworm")))
-    return (Part("containerd", (suite,), programs), Part("runc", runc_suites, (("usr/sbin/runc", "-v"),)))
+    return (Part("containerd", (suite,), programs), _runc(suite))
 
 
-TOOLS: dict[str, tuple[Part, ...]] = {
+NEWEST_CONTAINERD = Release("v2.4.2", "h1:p6Qg+xbEz8lvwdhHDx0U469xENvp4LgGBx+E7djXkGw=", "1.26.6")
+
+TOOLS: dict[str, tuple[Part | Built, ...]] = {
     "containerd-1.6": _containerd("bookworm"),
     "containerd-1.7": _containerd("trixie"),
     "containerd-2.1": _containerd("forky"),
+    "containerd-2.4": (
+        Built(NEWEST_CONTAINERD, ("cmd/containerd", "cmd/ctr", "cmd/containerd-shim-runc-v2")),
+        _runc("forky"),
+    ),
     "vhost-device-vsock": (Part("vhost-device-vsock", ("forky",), (("usr/bin/vhost-device-vsock", "--version"),)),),
     "virtiofsd": (Part("virtiofsd", ("forky",), (("usr/libexec/virtiofsd", "--version"),)),),
     "vmm-trixie": (
@@ -59,7 +77,10 @@ among what they depend on.
 
 
 def tool(name: str) -> Path:
-    """Return the `bin` directory of a tool, fetched first if this cache lacks it. Raises ToolError."""
+    """Return the `bin` directory of a tool, fetched or built first if this cache lacks it.
+
+    Raises ToolError, GoMissing where Go would have to build it.
+    """
     if name not in TOOLS:
         raise ToolError(f"there is no tool {name!r}; there are {', '.join(TOOLS)}")
     key = hashlib.sha256(repr((LAYOUT, TOOLS[name])).encode()).hexdigest()[:12]
@@ -69,7 +90,11 @@ def tool(name: str) -> Path:
         print(f"fetching {name}", file=sys.stderr, flush=True)
         (directory / "bin").mkdir()
         for part in TOOLS[name]:
-            _fetch(part, directory)
+            if isinstance(part, Built):
+                print(f"building containerd {part.release.version}, some minutes", file=sys.stderr, flush=True)
+                part.release.build(part.commands, directory / "bin")
+            else:
+                _fetch(part, directory)
 
     return built_once(target, build) / "bin"
 

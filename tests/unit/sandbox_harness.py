@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -109,6 +110,8 @@ class FakeHost:
     def __init__(self) -> None:
         self.cgroups: set[str] = set()
         self.mounts: set[str] = set()
+        self.roots: list[tuple[Mount, ...]] = []
+        self.in_use: Callable[[], bool] = lambda: False
         self.binds: list[tuple[str, bool]] = []
         self.anchors: dict[int, FakeAnchor] = {}
         self.helpers: list[FakeHelper] = []
@@ -130,7 +133,8 @@ class FakeHost:
     def remove_cgroups(self, groups: tuple[str, ...]) -> None:
         self.cgroups.difference_update(groups)
 
-    def mount_rootfs(self, _mounts: object, target: str) -> None:
+    def mount_rootfs(self, mounts: tuple[Mount, ...], target: str) -> None:
+        self.roots.append(mounts)
         self.mounts.add(target)
         self._check("mount_rootfs")
 
@@ -138,6 +142,12 @@ class FakeHost:
         self.binds.append((source, read_only))
         self.mounts.add(target)
         self._check("bind")
+
+    def let_go(self, directory: str) -> bool:
+        if self.in_use():
+            return False
+        self.remove_tree(os.path.dirname(directory))
+        return True
 
     def remove_tree(self, directory: str) -> None:
         self.mounts = {mount for mount in self.mounts if not mount.startswith(f"{directory}/")}
@@ -174,6 +184,7 @@ class FakeHost:
         patch.setattr(rootfs, "make_share", lambda *_: None)
         patch.setattr(rootfs, "mount_rootfs", self.mount_rootfs)
         patch.setattr(rootfs, "bind", self.bind)
+        patch.setattr(rootfs, "let_go", self.let_go)
         patch.setattr(rootfs, "remove_tree", self.remove_tree)
         patch.setattr(anchor, "start", self.start_anchor)
         patch.setattr(ignition, "pod_netns", self.netns)

@@ -74,7 +74,7 @@ def test_hello(host: Host) -> None:
 
 def test_every_method_of_the_protocol_is_there() -> None:
     names = {"setup", "create", "start", "exec", "signal", "close_stdin", "resize", "pause", "resume", "update"}
-    assert set(handlers.METHODS) == names | {"pids", "stats", "delete"}
+    assert set(handlers.METHODS) == names | {"pids", "stats", "delete", "release"}
     assert set(handlers.METHODS) > handlers.INLINE
 
 

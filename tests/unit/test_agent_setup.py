@@ -4,7 +4,7 @@ import struct
 from typing import Any
 
 import pytest
-from pymicro.agent import handlers, mounts
+from pymicro.agent import files, handlers, mounts, syscalls
 from pymicro.agent.devices import Ports
 
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # linux/random.h
@@ -49,3 +49,20 @@ def test_a_share_that_is_not_there_yet_is_looked_for_again(
     monkeypatch.setattr(Agent.ports, "look_again", lambda: calls.append(("scan",)))
     handlers.setup(Agent(), PARAMS)  # type: ignore[arg-type]  # as above
     assert calls.count(("scan",)) == 2
+
+
+def test_release_unmounts_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, ...]] = []
+    monkeypatch.setattr(syscalls, "unmount", lambda path: made.append(("unmount", path)))
+    monkeypatch.setattr(files, "write_text", lambda path, text: made.append((path, text)))
+    handlers.release(Agent(), {"path": "/run/share/1-c/rootfs"})  # type: ignore[arg-type]  # as above
+    assert made == [("unmount", "/run/share/1-c/rootfs"), ("/proc/sys/vm/drop_caches", "2")]
+
+
+def test_release_of_what_the_guest_never_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_none(path: str) -> None:
+        raise OSError(22, "Invalid argument", path)
+
+    monkeypatch.setattr(syscalls, "unmount", is_none)
+    monkeypatch.setattr(files, "write_text", lambda *_: None)
+    handlers.release(Agent(), {"path": "/run/share/1-c/rootfs"})  # type: ignore[arg-type]  # as above

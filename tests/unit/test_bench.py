@@ -17,7 +17,7 @@ from tests.bench.floor import _in_child
 from tests.bench.options import Options, from_environment
 from tests.bench.waves import Wave, together
 from tests.bench.workload import parse_mounts
-from tests.framework.containerd import NEWEST, Containerd
+from tests.framework.containerd import USUAL, Containerd
 
 # --- options
 
@@ -89,7 +89,7 @@ def test_the_promises_about_memory_are_about_the_whole_pod_and_its_shim() -> Non
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Containerd:
     """One that does not run, and whose `ctr` is a shell with a command."""
-    containerd = Containerd(NEWEST, tmp_path / "home")
+    containerd = Containerd(USUAL, tmp_path / "home")
     containerd.bin = tmp_path
     script = tmp_path / "ctr"
     script.write_text('#!/bin/sh\neval "$*"\n')

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.containerd_suite import __main__ as command
-from tests.conformance.containerd_suite import source
 from tests.conformance.containerd_suite.expected import LIST, ListError, expected_skips
 from tests.conformance.containerd_suite.outcome import Outcome, State, parse
 from tests.conformance.containerd_suite.verdict import Kind, Verdict, judge, lines
+from tests.framework.golang import MODULE
 from tests.framework.oci import Blobs, Layer
 from tests.framework.registry import serving
 
@@ -192,7 +192,7 @@ def test_without_a_go_that_can_build_it_the_command_says_what_it_would_have_run(
     monkeypatch.setenv("PATH", f"{tmp_path}:/nonexistent" if version is None else f"{tmp_path}:/usr/bin:/bin")
     assert command.main() == 0
     said = capsys.readouterr().out
-    assert source.MODULE in said and "integration/client" in said and "1.24 or newer" in said
+    assert MODULE in said and "integration/client" in said and "1.24 or newer" in said
 
 
 # --- images and their registry

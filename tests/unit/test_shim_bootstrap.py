@@ -22,7 +22,7 @@ def params(**changes: Any) -> bootstrap_pb2.BootstrapParams:  # of the fields' t
     known: dict[str, Any] = {
         "instance_id": "c1",
         "namespace": "ns",
-        "containerd_version": "2.3.1",
+        "containerd_version": "v2.3.1",
         "containerd_ttrpc_address": "unix:///run/containerd/containerd.sock.ttrpc",
         "containerd_grpc_address": "/run/containerd/containerd.sock",
         "containerd_binary": "/usr/bin/containerd",

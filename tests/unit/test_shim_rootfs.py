@@ -8,26 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pymicro.shim import rootfs, syscalls
+from pymicro.shim import loop, rootfs, syscalls
 from pymicro.shim.errors import InvalidRequest
 from pymicro.shim.requests import Mount
 
 from tests.framework.fakes import needs_root
-
-
-@pytest.mark.parametrize(
-    ("options", "flags", "data"),
-    [
-        ((), 0, ""),
-        (("ro", "nosuid"), syscalls.MS_RDONLY | syscalls.MS_NOSUID, ""),
-        (("rbind", "rw"), syscalls.MS_BIND | syscalls.MS_REC, ""),
-        (("index=off", "lowerdir=/a:/b", "ro"), syscalls.MS_RDONLY, "index=off,lowerdir=/a:/b"),
-        (("defaults", "suid", "async", "loop"), 0, ""),
-        (("nouuid",), 0, "nouuid"),
-    ],
-)
-def test_options_become_flags_and_data(options: tuple[str, ...], flags: int, data: str) -> None:
-    assert rootfs.split_options(options) == (flags, data)
 
 
 def in_private_namespace(check: Callable[[str], None], directory: Path) -> None:
@@ -126,9 +111,113 @@ def check_mount_at_a_target_inside(directory: str) -> None:
 def check_failed_mount(directory: str) -> None:
     with pytest.raises(InvalidRequest, match=r"cannot mount the root filesystem \(overlay overlay\)"):
         rootfs.mount_rootfs([Mount("overlay", "overlay", "", ("lowerdir=/nowhere",))], f"{directory}/rootfs")
-    with pytest.raises(InvalidRequest, match="over one page"):
-        long = ("lowerdir=" + ":".join(f"/layer{n}" for n in range(1000)),)
-        rootfs.mount_rootfs([Mount("overlay", "overlay", "", long)], f"{directory}/rootfs")
+    (Path(directory) / "first").mkdir()
+    half = [
+        Mount("bind", f"{directory}/first", "", ("rbind",)),
+        Mount("overlay", "overlay", "", ("lowerdir=/nowhere",)),
+    ]
+    with pytest.raises(InvalidRequest, match="overlay"):
+        rootfs.mount_rootfs(half, f"{directory}/rootfs")
+    assert f" {directory}/rootfs " not in host_mounts(), "what had been mounted before the failure is still there"
+
+
+def check_long_options(directory: str) -> None:
+    """Three hundred layers, whose paths take more than the page that mount(2) copies."""
+    base = Path(directory)
+    layers = [base / "snapshots" / str(n) / "fs" for n in range(300)]
+    for layer in layers:
+        layer.mkdir(parents=True)
+        (layer / f"from-{layer.parent.name}").touch()
+    for name in ("upper", "work"):
+        (base / "snapshots/new" / name).mkdir(parents=True)
+    upper = base / "snapshots/new/upper"
+    options = (f"workdir={base}/snapshots/new/work", f"upperdir={upper}", f"lowerdir={':'.join(map(str, layers))}")
+    target = base / "share/c1/rootfs"
+    before = Path.cwd()
+    rootfs.mount_rootfs([Mount("overlay", "overlay", "", options)], str(target))
+    assert Path.cwd() == before
+    assert len(list(target.iterdir())) == 300
+    (target / "written").touch()
+    rootfs.remove_tree(str(base / "share/c1"))
+    assert (upper / "written").exists()
+
+
+def check_what_the_host_mounts_later(directory: str) -> None:
+    """A snapshotter mounts layers for a container of a pod that runs already; this host's mounts may be private."""
+    base = Path(directory)
+    (base / "layer").mkdir()
+    outside = f"/proc/{os.getppid()}/ns/mnt"
+    subprocess.run(["nsenter", f"--mount={outside}", "mount", "-t", "tmpfs", "none", base / "layer"], check=True)
+    try:
+        subprocess.run(["nsenter", f"--mount={outside}", "touch", base / "layer/file"], check=True)
+        rootfs.mount_rootfs([Mount("bind", str(base / "layer"), "", ("rbind", "ro"))], str(base / "share/c1/rootfs"))
+        assert (base / "share/c1/rootfs/file").exists()
+        with pytest.raises(OSError, match="Read-only"):
+            (base / "share/c1/rootfs/other").touch()
+    finally:
+        subprocess.run(["nsenter", f"--mount={outside}", "umount", base / "layer"], check=True)
+    assert (base / "share/c1/rootfs/file").exists(), "the host's unmounting reached into the container"
+    rootfs.remove_tree(str(base / "share/c1"))
+
+
+def check_file_with_a_file_system(directory: str) -> None:
+    base = Path(directory)
+    image = block_image(base / "image")
+    target = base / "share/c1/rootfs"
+    rootfs.mount_rootfs([Mount("ext4", str(image), "", ("loop",))], str(target))
+    (target / "file").write_text("by the container")
+    assert len(loop_devices(image)) == 1
+    with (target / "file").open():
+        assert not rootfs.let_go(str(target)), "it was unmounted under who uses it"
+    assert rootfs.let_go(str(target))
+    assert loop_devices(image) == []
+    assert b"by the container" in image.read_bytes(), "it was not written to its device"
+    rootfs.mount_rootfs([Mount("ext4", str(image), "", ("loop", "ro", "noatime"))], str(target))
+    assert (target / "file").read_text() == "by the container"
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "other").touch()
+    rootfs.remove_tree(str(base / "share/c1"))
+    assert loop_devices(image) == []
+
+
+def check_block_device(directory: str) -> None:
+    """As of the devmapper snapshotter: a device, its file system's type, and `nouuid` for XFS."""
+    base = Path(directory)
+    image = block_image(base / "image")
+    with loop.attached(str(image), read_only=False) as device:
+        rootfs.mount_rootfs([Mount("ext4", device, "", ())], str(base / "share/c1/rootfs"))
+        (base / "share/c1/rootfs/file").write_text("by the container")
+        assert rootfs.let_go(str(base / "share/c1/rootfs"))
+    rootfs.remove_tree(str(base / "share/c1"))
+    assert b"by the container" in image.read_bytes()
+
+
+def check_failed_loop_mount(directory: str) -> None:
+    base = Path(directory)
+    image = base / "image"
+    image.write_bytes(bytes(1 << 20))
+    with pytest.raises(InvalidRequest, match=r"cannot mount the root filesystem \(ext4 .*/image\): .*mount /dev/loop"):
+        rootfs.mount_rootfs([Mount("ext4", str(image), "", ("loop",))], str(base / "rootfs"))
+    assert loop_devices(image) == []
+    with pytest.raises(InvalidRequest, match=r"no file system 'papyrus'"):
+        rootfs.mount_rootfs([Mount("papyrus", str(image), "", ("loop",))], str(base / "rootfs"))
+    with pytest.raises(InvalidRequest, match=r"No such file or directory: '/nowhere'"):
+        rootfs.mount_rootfs([Mount("ext4", "/nowhere", "", ("loop",))], str(base / "rootfs"))
+    assert loop_devices(image) == []
+
+
+def block_image(path: Path) -> Path:
+    """Make a file with an ext4 file system."""
+    with path.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", path], check=True)
+    return path
+
+
+def loop_devices(file: Path) -> list[str]:
+    return subprocess.run(
+        ["losetup", "--noheadings", "-O", "NAME", "-j", file], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def check_links_of_the_guest(directory: str) -> None:
@@ -177,6 +266,11 @@ def check_view_of_the_guest(directory: str) -> None:
         check_stacked_mounts,
         check_mount_at_a_target_inside,
         check_failed_mount,
+        check_long_options,
+        check_what_the_host_mounts_later,
+        check_file_with_a_file_system,
+        check_block_device,
+        check_failed_loop_mount,
         check_links_of_the_guest,
         check_view_of_the_guest,
     ],
@@ -184,12 +278,13 @@ def check_view_of_the_guest(directory: str) -> None:
 )
 def test_in_a_private_namespace(check: Callable[[str], None], tmp_path: Path) -> None:
     before = host_mounts()
-    if check is check_overlay:  # not every file system can be an overlay's upper layer
+    needs_tmpfs = check in {check_overlay, check_long_options}
+    if needs_tmpfs:  # not every file system can be an overlay's upper layer
         subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
     try:
         in_private_namespace(check, tmp_path)
     finally:
-        if check is check_overlay:
+        if needs_tmpfs:
             subprocess.run(["umount", tmp_path], check=True)
     assert host_mounts() == before, "the shim's mounts show on the host"
 
@@ -220,4 +315,4 @@ def test_names_with_blanks_in_mountinfo() -> None:
 def test_libc_is_there() -> None:
     """The calls that Python lacks are looked up by name: a libc without them must fail here, not in production."""
     libc = ctypes.CDLL(None)
-    assert all(hasattr(libc, name) for name in ("mount", "umount2", "unshare", "setns", "prctl"))
+    assert all(hasattr(libc, name) for name in ("mount", "umount2", "unshare", "setns", "prctl", "syscall"))

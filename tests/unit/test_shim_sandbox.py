@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from pymicro.shim import cgroup, state
+from pymicro.shim import cgroup, sandbox, state
 from pymicro.shim.errors import (
     AlreadyExists,
     GuestError,
@@ -18,7 +18,7 @@ from pymicro.shim.errors import (
 )
 from pymicro.shim.hypervisor.fake import HELLO, FakeGuest, Refused
 from pymicro.shim.process import Status
-from pymicro.shim.requests import ExecProcess, StdioPaths
+from pymicro.shim.requests import ExecProcess, Mount, StdioPaths
 from pymicro.wire import messages
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
@@ -479,7 +479,7 @@ async def test_root_without_mounts_is_the_specs_own(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         request = replace(p.request("c1"), rootfs=())
         await p.sandbox.create_container(request)
-        assert p.host.binds == [(f"{request.bundle}/rootfs", False)]
+        assert p.host.roots == [(Mount("bind", f"{request.bundle}/rootfs", "", ("rbind",)),)]
 
 
 @asynchronous
@@ -813,6 +813,46 @@ async def test_guest_deletes_all_containers_but_the_last(tmp_path: Path) -> None
         await p.sandbox.delete_container("c1")
         await p.sandbox.delete_container("c2")
         assert [params["container"] for method, params in p.guest.requests if method == "delete"] == ["c1"]
+
+
+BLOCK_ROOT = (Mount("ext4", "/dev/dm-7", "", ()),)
+
+
+@asynchronous
+async def test_block_device_is_unmounted_when_delete_answers(tmp_path: Path) -> None:
+    """Who deletes a container may mount its snapshot at once; a guest that remembers files would keep it mounted."""
+    async with pod(tmp_path) as p:
+        await p.create("c1")
+        await p.sandbox.create_container(replace(p.request("c2"), rootfs=BLOCK_ROOT))
+        uses = iter([True, True, False])
+        p.host.in_use = lambda: "release" not in p.guest.methods() or next(uses)
+        await p.sandbox.delete_container("c2")
+        assert next(uses, None) is None, "Delete did not wait"
+        assert p.guest.methods()[-2:] == ["delete", "release"]
+        assert not [mount for mount in p.host.mounts if "c2" in mount]
+
+
+@asynchronous
+async def test_last_containers_block_device_goes_with_the_vm(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        await p.sandbox.create_container(replace(p.request("c1"), rootfs=BLOCK_ROOT))
+        p.host.in_use = lambda: bool(p.host.helpers)
+        await p.sandbox.delete_container("c1")
+        assert not p.host.helpers
+        assert "release" not in p.guest.methods()
+
+
+@asynchronous
+async def test_block_device_that_stays_in_use_delays_delete_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sandbox, "_LETS_GO", 0.05)
+    async with pod(tmp_path) as p:
+        await p.create("c1")
+        await p.sandbox.create_container(replace(p.request("c2"), rootfs=BLOCK_ROOT))
+        p.host.in_use = lambda: True
+        await p.sandbox.delete_container("c2")
+        assert "is still in use after 0.05 s" in caplog.text
 
 
 @asynchronous

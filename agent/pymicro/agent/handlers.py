@@ -172,6 +172,12 @@ def delete(agent: Agent, params: "Params") -> "Result":
     return {}
 
 
+def release(_: Agent, params: "Params") -> "Result":
+    """Let the host unmount a root filesystem of the share."""
+    mounts.release(params["path"])
+    return {}
+
+
 def checked_id(name: str) -> str:
     """Return an id that is safe as a file name. Raises Invalid."""
     if not name or "/" in name or name in {".", ".."}:
@@ -193,6 +199,7 @@ METHODS: "dict[str, Handler]" = {
     "pids": pids,
     "stats": stats,
     "delete": delete,
+    "release": release,
 }
 INLINE = frozenset({"signal", "close_stdin", "resize"})
 """Methods that never wait: run at once, in the order in which they came. The others get a thread each."""

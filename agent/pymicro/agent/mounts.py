@@ -63,6 +63,19 @@ def mount_share() -> bool:
     return True
 
 
+def release(path: str) -> None:
+    """Forget what the share shows at `path`, a mount of the host's, so that the host can unmount it. Raises OSError.
+
+    Its driver has mounted that as a file system of its own, and what it remembers of files keeps them open on the host.
+    """
+    try:
+        syscalls.unmount(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # nobody has looked at it, or it is gone
+            raise
+    files.write_text("/proc/sys/vm/drop_caches", "2")  # 2 is for directory entries and inodes (admin-guide/sysctl/vm)
+
+
 def bind_machine_id(machine_id: str) -> None:
     """Let /etc/machine-id, on a read-only file system, show this sandbox's id. Raises OSError."""
     files.write_text(MACHINE_ID, f"{machine_id}\n")

@@ -13,6 +13,7 @@ MS_NODEV = 0x4
 MS_NOEXEC = 0x8
 MS_RELATIME = 0x200000
 MS_BIND = 0x1000
+MNT_DETACH = 0x2
 
 RLIMIT_CORE = 4
 RLIMIT_NPROC = 6
@@ -31,6 +32,7 @@ class _Function(_ctypes.CFuncPtr):
 
 _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None is the process itself
 _mount = _Function(_ctypes.dlsym(_libc, "mount"))
+_umount2 = _Function(_ctypes.dlsym(_libc, "umount2"))
 _setrlimit = _Function(_ctypes.dlsym(_libc, "setrlimit"))
 
 
@@ -38,6 +40,12 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = 
     """Call mount(2). Raises OSError that names the target."""
     if _mount(source.encode(), target.encode(), fstype.encode(), flags, options.encode()) != 0:
         raise _last_error(f"mount {fstype or source} on {target}")
+
+
+def unmount(target: str) -> None:
+    """Call umount2(2), lazily. Raises OSError that names the target."""
+    if _umount2(target.encode(), MNT_DETACH) != 0:
+        raise _last_error(f"unmount {target}")
 
 
 def set_limit(resource: int, soft: int, hard: int) -> None:

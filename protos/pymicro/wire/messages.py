@@ -87,6 +87,11 @@ if TYPE_CHECKING:
         container: str
         exec: NotRequired["str | None"]
 
+    class Release(TypedDict):
+        """`release`: the host is going to unmount the root filesystem that the guest sees at `path`. Result: {}."""
+
+        path: str
+
     class Signal(TypedDict):
         """`signal`: to a process, or with `all` to every process of the container."""
 

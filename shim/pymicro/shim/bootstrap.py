@@ -38,7 +38,7 @@ class RuntimeOptions:
 
 
 class Bootstrap:
-    """What containerd has said. `version` is containerd's own, "" where it did not use the bootstrap protocol."""
+    """What containerd has said. `version` is its own, as "2.4.2", "" where it did not use the bootstrap protocol."""
 
     def __init__(self) -> None:
         self.version = ""
@@ -66,6 +66,7 @@ def parse(stdin: bytes, container_id: str, namespace: str) -> Bootstrap:
             for number, name in ((4, "version"), (5, "ttrpc_address"), (6, "grpc_address"), (9, "socket_dir")):
                 setattr(said, name, protowire.text(found.get(number, b"")).removeprefix("unix://"))
             extensions = [protowire.data(value) for number, value in fields if number == 8]
+            said.version = said.version.removeprefix("v")  # as released; distributions may build it without
             said.options = _from_extensions(extensions)
         else:
             said.options = runtime_options(stdin)

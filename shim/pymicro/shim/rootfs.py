@@ -7,33 +7,17 @@ whoever was killed when.
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from pymicro.shim import mounting
 from pymicro.shim import syscalls as sys
 from pymicro.shim.errors import InvalidRequest
+from pymicro.shim.hostprogram import outer_namespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pymicro.shim.requests import Mount
-
-_FLAGS = {
-    "ro": sys.MS_RDONLY,
-    "nosuid": sys.MS_NOSUID,
-    "nodev": sys.MS_NODEV,
-    "noexec": sys.MS_NOEXEC,
-    "sync": sys.MS_SYNCHRONOUS,
-    "dirsync": sys.MS_DIRSYNC,
-    "noatime": sys.MS_NOATIME,
-    "nodiratime": sys.MS_NODIRATIME,
-    "relatime": sys.MS_RELATIME,
-    "strictatime": sys.MS_STRICTATIME,
-    "bind": sys.MS_BIND,
-    "rbind": sys.MS_BIND | sys.MS_REC,
-}
-_IGNORED = frozenset({"rw", "suid", "dev", "exec", "async", "defaults", "atime", "diratime", "loop"})
-_LONGEST_DATA = 4095
-"""mount(2) copies one page of options."""
 
 
 def private_namespace() -> None:
@@ -53,40 +37,58 @@ def make_share(directory: str, view: str) -> None:
     sys.mount(directory, directory, None, sys.MS_BIND)
     sys.mount("none", directory, None, sys.MS_SHARED)
     sys.mount(directory, view, None, sys.MS_BIND)
-    sys.mount("none", view, None, sys.MS_BIND | sys.MS_REMOUNT | sys.MS_RDONLY | _locked_flags(view))
-
-
-def split_options(options: Iterable[str]) -> tuple[int, str]:
-    """Return the flags and the data string that mount(2) takes for these options."""
-    flags, data = 0, []
-    for option in options:
-        if option in _FLAGS:
-            flags |= _FLAGS[option]
-        elif option not in _IGNORED:
-            data.append(option)
-    return flags, ",".join(data)
+    sys.mount("none", view, None, sys.MS_BIND | sys.MS_REMOUNT | sys.MS_RDONLY | mounting.locked_flags(view))
 
 
 def mount_rootfs(mounts: "Sequence[Mount]", target: str) -> None:
     """Mount a snapshotter's list, in order, at `target` (each at its own `target` below, where it names one).
 
-    Raises InvalidRequest naming the mount that failed.
+    Its paths are looked up where containerd is: what the host has mounted since the pod's start counts. Raises
+    InvalidRequest naming the mount that failed; then nothing is mounted.
     """
     os.makedirs(target, exist_ok=True)
-    for mount in mounts:
-        where = os.path.join(target, mount.target.lstrip("/")) if mount.target else target
-        flags, data = split_options(mount.options)
-        if len(data) > _LONGEST_DATA:
-            raise InvalidRequest(
-                f"the {mount.type} mount of the root filesystem has {len(data)} bytes of options, over one page"
-            )
+
+    def mounted() -> int:
+        for mount in mounts:
+            mounting.mount(mount, os.path.join(target, mount.target.lstrip("/")) if mount.target else target)
+        return sys.copy_mounts(target)
+
+    try:
+        tree = _in_a_copy_of(outer_namespace(), mounted)
         try:
-            if mount.type in {"bind", "rbind"} or flags & sys.MS_BIND:
-                _bind(mount.source, where, flags | sys.MS_BIND)
-            else:
-                sys.mount(mount.source, where, mount.type, flags, data or None)
-        except OSError as error:
-            raise InvalidRequest(f"cannot mount the root filesystem ({mount.type} {mount.source}): {error}") from error
+            sys.put_mounts(tree, target)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        raise InvalidRequest(f"cannot mount the root filesystem: {error}") from error
+
+
+def _in_a_copy_of(namespace: str, work: Callable[[], int]) -> int:
+    """Return what `work` returns, done in a copy of a mount namespace and with a working directory of its own.
+
+    A thread has the copy: it goes with the thread, and all that `work` has mounted, also if we are killed meanwhile.
+    Raises what `work` does, OSError.
+    """
+    import threading
+
+    outcome: list[int | BaseException] = []
+
+    def run() -> None:
+        try:
+            sys.unshare(sys.CLONE_FS)
+            with open(namespace, "rb") as file:
+                sys.setns(file.fileno(), sys.CLONE_NEWNS)
+            private_namespace()
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001  # the caller gets it
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="mount")
+    thread.start()
+    thread.join()
+    if isinstance(result := outcome[0], BaseException):
+        raise result
+    return result
 
 
 def bind(source: str, target: str, *, read_only: bool) -> None:
@@ -98,22 +100,9 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
         else:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        _bind(source, target, sys.MS_BIND | sys.MS_REC | (sys.MS_RDONLY if read_only else 0))
+        mounting.bind(source, target, sys.MS_BIND | sys.MS_REC | (sys.MS_RDONLY if read_only else 0))
     except OSError as error:
         raise InvalidRequest(f"cannot bind {source!r} into the container: {error.strerror}") from error
-
-
-def _bind(source: str, target: str, flags: int) -> None:
-    sys.mount(source, target, None, flags & (sys.MS_BIND | sys.MS_REC))
-    if flags & sys.MS_RDONLY:
-        sys.mount("none", target, None, sys.MS_BIND | sys.MS_REMOUNT | sys.MS_RDONLY | _locked_flags(target))
-
-
-def _locked_flags(path: str) -> int:
-    """The flags a mount already has, which a remount must repeat or it would drop them."""
-    current = os.statvfs(path).f_flag
-    pairs = ((os.ST_NOSUID, sys.MS_NOSUID), (os.ST_NODEV, sys.MS_NODEV), (os.ST_NOEXEC, sys.MS_NOEXEC))
-    return sum(flag for have, flag in pairs if current & have)
 
 
 def unmount_below(directory: str) -> None:
@@ -126,6 +115,22 @@ def unmount_below(directory: str) -> None:
                 raise
     if left := _mount_points(directory):
         raise OSError(errno.EBUSY, f"{left[0]} is still mounted")
+
+
+def let_go(directory: str) -> bool:
+    """Unmount what is mounted at and below `directory` unless somebody uses it; tell whether all is unmounted.
+
+    A file system that was mounted nowhere else is written to its device then. Raises OSError.
+    """
+    for point in sorted(_mount_points(directory), reverse=True):
+        try:
+            sys.unmount(point, 0)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            if error.errno not in {errno.EINVAL, errno.ENOENT}:  # as above
+                raise
+    return True
 
 
 def _mount_points(directory: str) -> list[str]:

@@ -20,8 +20,9 @@ from pymicro.shim.errors import AlreadyExists, GuestError, InvalidRequest, NotFo
 from pymicro.shim.events import Publisher
 from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
+from pymicro.shim.mounting import has_device
 from pymicro.shim.process import Process
-from pymicro.shim.requests import CreateContainer, Deleted
+from pymicro.shim.requests import CreateContainer, Deleted, Mount
 from pymicro.shim.state import Record
 from pymicro.shim.streams import Streams
 from pymicro.shim.timeline import Timeline
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _VM_ENDS = 1.0
 """Seconds in which a VM ends whose agent's connection has broken because of that."""
+_LETS_GO = 5.0
+"""Seconds in which the guest, or the end of its VM, lets go of a root filesystem."""
+_POLL = 0.005
 _AUTOPSY = 3.0
 """Seconds that an error waits for the cause of the VM's death."""
 
@@ -293,14 +297,30 @@ class Sandbox:
         """Mount the container's root and binds into `own`, its part of the share; return where the root is."""
         root = os.path.join(own, "rootfs")
         stack.callback(rootfs.remove_tree, own)
-        if request.rootfs:
-            rootfs.mount_rootfs(request.rootfs, root)
-        else:
-            rootfs.bind(os.path.join(request.bundle, plan.root_path), root, read_only=False)
+        if any(has_device(mount) for mount in request.rootfs):
+            stack.push_async_callback(self._let_go, root, plan.spec["root"]["path"])
+        named = Mount("bind", os.path.join(request.bundle, plan.root_path), "", ("rbind",))
+        rootfs.mount_rootfs(request.rootfs or (named,), root)
         for wanted in plan.binds:
             source = os.path.join(request.bundle, wanted.source)
             rootfs.bind(source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
         return root
+
+    async def _let_go(self, root: str, in_guest: str) -> None:
+        """Unmount a file system that is the container's alone, which writes it to its device, before Delete answers:
+        clients may mount it elsewhere then, and it must not be mounted twice. A guest that remembers files keeps it.
+        """
+        if self.idle:
+            self._end()
+        elif self._agent.done():
+            with suppress(ShimError):
+                await (await self.agent()).call("release", {"path": in_guest})
+        deadline = time.monotonic() + _LETS_GO
+        while not rootfs.let_go(root):
+            if time.monotonic() > deadline:
+                logger.warning("%s is still in use after %g s; its device may be as well", root, _LETS_GO)
+                return
+            await asyncio.sleep(_POLL)
 
     async def _delete_in_guest(self, container_id: str) -> None:
         if self.containers.keys() == {container_id} and not self._creating:  # its VM ends with it, quicker than crun

@@ -1,12 +1,13 @@
 """The Linux calls that Python 3.11 lacks: namespaces, mounts, prctl. Thin, typed, raising OSError.
 
-Numbers are from the kernel's UAPI headers (linux/sched.h, linux/mount.h, linux/prctl.h).
+Numbers are from the kernel's UAPI headers (linux/sched.h, linux/mount.h, linux/fcntl.h, linux/prctl.h).
 """
 
 import ctypes
 import os
 from typing import Final
 
+CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWNET: Final = 0x40000000
 
@@ -27,6 +28,14 @@ MS_SHARED: Final = 0x100000
 MS_RELATIME: Final = 0x200000
 MS_STRICTATIME: Final = 0x1000000
 MNT_DETACH: Final = 0x2
+
+_AT_FDCWD: Final = -100
+_SYS_OPEN_TREE: Final = 428
+_OPEN_TREE_CLONE: Final = 0x1
+_OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+_AT_RECURSIVE: Final = 0x8000
+_SYS_MOVE_MOUNT: Final = 429
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
 
 _SYS_LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_VERSION: Final = 1
@@ -72,6 +81,22 @@ def mount(source: str, target: str, fstype: str | None, flags: int, data: str | 
 def unmount(target: str, flags: int = MNT_DETACH) -> None:
     """umount2(2), by default lazily. Raises OSError."""
     _check(_libc.umount2(target.encode(), flags), f"unmount {target}")
+
+
+def copy_mounts(path: str) -> int:
+    """Return a descriptor of a copy of what is mounted at and below `path`; it is mounted nowhere, and gone with its
+    last descriptor unless it is put somewhere. Raises OSError.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE)
+    fd = int(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path.encode(), flags))
+    _check(fd, f"open_tree {path}")
+    return fd
+
+
+def put_mounts(fd: int, target: str) -> None:
+    """Mount at `target` what copy_mounts() has returned. Raises OSError."""
+    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
+    _check(_libc.syscall(_SYS_MOVE_MOUNT, fd, b"", _AT_FDCWD, target.encode(), flags), f"move_mount to {target}")
 
 
 def set_parent_death_signal(signal: int) -> None:

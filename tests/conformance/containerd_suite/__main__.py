@@ -20,6 +20,7 @@ from tests.conformance.containerd_suite.run import Suite, laid_out, run
 from tests.conformance.containerd_suite.verdict import Kind, Verdict, judge, lines
 from tests.framework.containerd import ContainerdError
 from tests.framework.debian import ToolError
+from tests.framework.golang import MODULE, GoMissing
 from tests.framework.oci import Blobs
 from tests.framework.registry import serving
 
@@ -53,13 +54,13 @@ def main() -> int:
         suite = source.built_suite()
         names = source.test_names(suite)
         verdicts = compare(chosen(names, options.tests, skips), suite, skips, options)
-    except source.GoMissing as error:
+    except GoMissing as error:
         print(
-            f"conformance: {error}.\nIt would have run {source.MODULE} {source.VERSION}'s integration/client"
+            f"conformance: {error}.\nIt would have run {MODULE} {source.RELEASE.version}'s integration/client"
             " with runc and with pymicro.\n0 passed, 0 failed, 0 skipped"
         )
         return 0
-    except (source.SourceError, ListError, UsageError, ContainerdError, ToolError) as error:
+    except (ListError, UsageError, ContainerdError, ToolError) as error:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -84,7 +85,7 @@ def from_environment(environment: Mapping[str, str]) -> Options:
 def chosen(names: Sequence[str], wanted: Collection[str], skips: Collection[str]) -> list[str]:
     """Return which tests to run, `wanted` or all. Raises UsageError for a name that the suite does not have."""
     if unknown := sorted({*wanted, *skips} - set(names)):
-        raise UsageError(f"the suite of containerd {source.VERSION} has no {', '.join(unknown)}")
+        raise UsageError(f"the suite of containerd {source.RELEASE.version} has no {', '.join(unknown)}")
     return [name for name in names if not wanted or name in wanted]
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from tests.conformance.containerd_suite.outcome import Outcome, parse
 from tests.conformance.containerd_suite.source import TEST_PROGRAM
-from tests.framework.containerd import NEWEST, Containerd
+from tests.framework.containerd import USUAL, Containerd
 from tests.framework.processes import MARK
 from tests.framework.waiting import seconds
 
@@ -47,7 +47,7 @@ class Suite(msgspec.Struct, frozen=True):
 @contextmanager
 def laid_out(directory: Path, settings: dict[str, dict[str, object]]) -> Iterator[Containerd]:
     """Yield a containerd's directory with programs and settings, its daemon not started: the suite starts its own."""
-    containerd = Containerd(NEWEST, directory, namespace=SUITE_NAMESPACE, settings=settings)
+    containerd = Containerd(USUAL, directory, namespace=SUITE_NAMESPACE, settings=settings)
     _free(containerd)
     containerd.remove_remains()
     containerd.lay_out()

@@ -7,7 +7,7 @@ import argparse
 import signal
 import sys
 
-from tests.framework.containerd import NEWEST
+from tests.framework.containerd import USUAL
 from tests.framework.debian import ToolError
 from tests.framework.kvmlab.lab import Job, LabError, run
 from tests.framework.tools import tool
@@ -25,7 +25,7 @@ def main() -> int:
     if not options.command.strip() and not sys.stdin.isatty():
         parser.error('a shell needs a terminal; name a command instead: make kvm-lab ARGS="uname -a"')
     try:
-        tool(f"containerd-{NEWEST}")  # the lab has no network
+        tool(f"containerd-{USUAL}")  # the lab has no network
         return run(Job(options.command if options.command.strip() else None, options.limit))
     except (ToolError, LabError) as error:
         print(f"kvm-lab: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ ln -sfn "$LAB_MODULES" "/lib/modules/$(uname -r)"
 printf '#!/bin/sh\nexec %s modprobe "$@"\n' $busybox >/run/modprobe
 chmod 755 /run/modprobe
 echo /run/modprobe >/proc/sys/kernel/modprobe
-for module in kvm_amd vhost_vsock vhost_net tun loop; do
+for module in kvm_amd vhost_vsock vhost_net tun loop dm_thin_pool; do
     $busybox modprobe $module || echo "no module $module"
 done
 $busybox ip link set lo up

@@ -187,6 +187,9 @@ class FakeGuest:
         if params["signal"] in {9, 15}:
             await self.exit(128 + params["signal"], params["container"], params["exec"])
 
+    async def do_release(self, params: Json) -> None:
+        """Forget nothing: there is no cache."""
+
     async def do_delete(self, params: Json) -> None:
         for channel in self.process(params["container"], params.get("exec")).channels.values():
             channel.close()
