@@ -18,8 +18,8 @@ P = ParamSpec("P")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run a coroutine function as a test: in a loop of its own, and never longer than LIMIT."""
+def asynchronous(test: Callable[P, Coroutine[Any, Any, None]], limit: float = LIMIT) -> Callable[P, None]:
+    """Run a coroutine function as a test: in a loop of its own, and never longer than `limit` seconds."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -27,7 +27,7 @@ def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, No
             loop = asyncio.get_running_loop()
             problems: list[dict[str, Any]] = []
             loop.set_exception_handler(lambda _, context: problems.append(context))
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(limit):
                 await test(*args, **kwargs)
             await asyncio.sleep(0)
             assert not problems, f"the loop caught {problems}"
