@@ -130,7 +130,7 @@ def devmapper(
         containerd = Containerd(USUAL, directory, namespace="test", settings=timeouts, snapshotters=plugins)
         with thinpool.thin_pool(tmp_path, name):
             try:
-                containerd.start()
+                containerd.start(environment=thinpool.ENVIRONMENT)
                 client = Ctr(containerd)
                 nothing = Leftovers(containerd, client.ids)
                 yield client

@@ -302,7 +302,10 @@ class Containerd:
     def _load_image(self) -> None:
         archive = self.home / "busybox.tar"
         busybox.write_archive(archive)
-        self.ctr("images", "import", "--all-platforms", str(archive))
+        try:
+            self.ctr("images", "import", "--all-platforms", str(archive))
+        except ContainerdError as error:
+            raise ContainerdError(f"{error}\n{self.log_tail(15)}") from None
         archive.unlink()
 
     # -- ending -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 from pymicro.shim import state
 
 from tests.framework.containerd import Containerd
-from tests.framework.processes import all_processes, mounts_under, processes_of
+from tests.framework.processes import all_processes, mounts_above, mounts_under, processes_of
 from tests.framework.waiting import seconds
 
 GRACE = 5.0
@@ -103,13 +103,15 @@ class Leftovers:
 
 def loop_files(directory: Path) -> list[str]:
     """Return the files at or below `directory` that are a loop device, less image layers, which containerd has
-    mounted.
+    mounted. They are named as seen from the root or, like those that a namespace which is gone had, from a mount point.
     """
+    seen = {"", *mounts_above(directory)} - {"/"}
+    prefixes = tuple(f"{str(directory).removeprefix(point)}/" for point in seen)
     found = []
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):  # freed meanwhile
             file = path.read_text().strip()
-            if file.startswith(f"{directory}/") and not file.endswith("/layer.erofs"):
+            if file.startswith(prefixes) and not file.endswith("/layer.erofs"):
                 found.append(file)
     return sorted(found)
 

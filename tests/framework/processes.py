@@ -85,6 +85,12 @@ def mounts_under(directories: Collection[Path], pid: int | str = "self") -> list
     return [point for point in points if any(point == str(d) or point.startswith(f"{d}/") for d in directories)]
 
 
+def mounts_above(directory: Path) -> list[str]:
+    """Return the mount points of this process that `directory` lies below."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [point for point in points if str(directory).startswith(f"{point.rstrip('/')}/")]
+
+
 def unmount_under(directory: Path) -> None:
     """Unmount everything at or below `directory`, the newest first."""
     for point in reversed(mounts_under([directory])):

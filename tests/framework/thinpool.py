@@ -1,5 +1,6 @@
 """A thin pool of the device mapper in two sparse files, as the devmapper snapshotter wants one."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 DATA_MIB, META_MIB = 512, 16
 _SECTORS_PER_MIB = 2048
+ENVIRONMENT = {} if Path("/run/udev/control").exists() else {"DM_DISABLE_UDEV": "1"}
+"""What `dmsetup` needs, also where a daemon runs it: without udev it makes the nodes in /dev/mapper itself."""
 _BLOCK_SECTORS = 128
 _LOW_WATER_BLOCKS = 128
 
@@ -48,4 +51,4 @@ def _remove(name: str) -> None:
 
 
 def _run(*argv: str) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(argv, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}).stdout
