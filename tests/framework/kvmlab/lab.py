@@ -21,6 +21,8 @@ from tests.framework.waiting import SLOWER_VARIABLE
 HERE = Path(__file__).parent
 FILES = REPOSITORY / "build/lab"
 """What a command writes here is on the host afterwards."""
+CONSOLE = "console.log"
+"""What the lab's kernel has said, in that directory."""
 
 CPUS = 2
 THE_LAB = "PYMICRO_KVM_LAB"
@@ -65,6 +67,7 @@ def run(job: Job) -> int:
         with _relayed(job) as outputs:
             machine = Machine(fetched / "vmlinuz", directory / "initramfs", console, shares, CPUS, MEMORY_MIB, outputs)
             timed_out = _emulate(machine, job)
+        shutil.copy(console, FILES / CONSOLE)
         if timed_out:
             print(f"kvm-lab: not done after {job.limit:g} s (LIMIT), so it was ended", file=sys.stderr)
             return TIMED_OUT
@@ -72,7 +75,9 @@ def run(job: Job) -> int:
             return int((control / "status").read_text())
         except (OSError, ValueError):
             said = "\n".join(last_said(console.read_text(errors="replace").splitlines()))
-            raise LabError(f"the lab ended before the command; its console said last:\n{said}") from None
+            raise LabError(
+                f"the lab ended before the command; its console ({FILES / CONSOLE}) said last:\n{said}"
+            ) from None
 
 
 @contextmanager
