@@ -21,7 +21,7 @@ TOLERANCE = 0.1
 V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
 CPU_SECONDS = 3
-COUNT = "n=0; while [ $n -lt 5000 ]; do n=$((n + 1)); done; read -r line </proc/$$/stat; set -- $line"
+COUNT = "n=0; while [ $n -lt 1000 ]; do n=$((n + 1)); done; read -r line </proc/$$/stat; set -- $line"
 ENOUGH = f"[ $((${{14}} + ${{15}})) -ge {CPU_SECONDS}00 ]"
 BURN = ("sh", "-c", f"while {COUNT}; ! {ENOUGH}; do :; done; echo $((${{14}} + ${{15}}))")
 """Computes for so many seconds of CPU or a little more, and prints how long by its own count, in hundredths of a second
@@ -102,9 +102,10 @@ def test_cpu_and_memory_of_a_known_load_are_what_runc_says(pod: Pod, capsys: pyt
         for runtime, (burnt, cpu, file, held) in used.items():
             print(f"  {runtime}: {file:.1f} MiB, {held:.1f} MiB, {cpu:.2f} s for {burnt:.2f} s")
     for burnt, *figures in used.values():
-        assert burnt == pytest.approx(CPU_SECONDS, rel=TOLERANCE)
+        assert burnt >= CPU_SECONDS
         assert figures == pytest.approx([burnt, HELD_MIB, HELD_MIB], rel=TOLERANCE)
-    assert used[PYMICRO] == pytest.approx(used[RUNC], rel=TOLERANCE)
+    ours, theirs = ((cpu / burnt, file, held) for burnt, cpu, file, held in (used[PYMICRO], used[RUNC]))
+    assert ours == pytest.approx(theirs, rel=TOLERANCE)
 
 
 def known_load(container: Container) -> tuple[float, float, float, float]:
