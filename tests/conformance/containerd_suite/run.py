@@ -123,6 +123,6 @@ def _free(containerd: Containerd) -> None:
         shutil.rmtree(containerd.home / name, ignore_errors=True)
     hierarchies = [CGROUPS, *(path for path in CGROUPS.iterdir() if path.is_dir())]
     tops = [top for root in hierarchies for name in CGROUP_NAMES for top in root.glob(name)]
-    for cgroup in [path for top in tops for path in top.glob("**/")][::-1]:
+    for cgroup in [path for top in tops for path, _, _ in os.walk(top, topdown=False)]:  # some may vanish meanwhile
         with suppress(OSError):
-            cgroup.rmdir()
+            os.rmdir(cgroup)
