@@ -164,6 +164,15 @@ def leftovers(ctr: Ctr) -> Leftovers:
 
 
 @pytest.fixture
+def daemon(ctr: Ctr) -> Iterator[Containerd]:
+    """Yield the containerd; it runs again afterwards, whatever the test has done to it."""
+    yield ctr.containerd
+    if not ctr.containerd.responds():
+        ctr.containerd.crash()
+        ctr.containerd.revive()
+
+
+@pytest.fixture
 def container_running(ctr: Ctr) -> Container:
     """Return a container that sleeps, without stdio."""
     return ctr.start("sleep", "100000")

@@ -28,15 +28,6 @@ SLOW = 8.0
 COUNT = "n=0; while [ ! -e /end ]; do n=$((n + 1)); echo $n; usleep 5000; done; exit 7"
 
 
-@pytest.fixture
-def daemon(ctr: Ctr) -> Iterator[Containerd]:
-    """Yield the containerd; it runs again afterwards, whatever the test has done to it."""
-    yield ctr.containerd
-    if not ctr.containerd.responds():
-        ctr.containerd.crash()
-        ctr.containerd.revive()
-
-
 def test_no_line_of_a_log_is_missing_when_containerd_is_killed_20_times(
     ctr: Ctr, daemon: Containerd, leftovers: Leftovers, tmp_path: Path
 ) -> None:

@@ -241,15 +241,6 @@ def test_a_container_starts_although_its_template_could_not_be_made(
 # -- containerd itself -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def daemon(ctr: Ctr) -> Iterator[Containerd]:
-    """Yield the containerd; it runs again afterwards, whatever the test has done to it."""
-    yield ctr.containerd
-    if not ctr.containerd.responds():
-        ctr.containerd.crash()
-        ctr.containerd.revive()
-
-
 @pytest.mark.every_containerd
 def test_a_container_outlives_containerd(ctr: Ctr, daemon: Containerd, leftovers: Leftovers) -> None:
     container = ctr.start(*SLEEP)

@@ -8,6 +8,7 @@ import pytest
 from tests.framework.ctr import PYMICRO, RUNC, Container, Ctr
 from tests.framework.events import EventStream, listening
 from tests.framework.pod import Pod
+from tests.framework.resources import HOG
 from tests.framework.waiting import seconds, until
 
 SLEEP = ("sleep", "100000")
@@ -105,9 +106,6 @@ def test_want_of_memory_that_only_an_exec_feels_is_told_when_it_happens(pod: Pod
     events.until_told(container.id, f"oom {container.id}")
     assert container.status == "RUNNING"
     assert events.told(container.id)[-2:] == [f"oom {container.id}", "exit hog 137"]
-
-
-HOG = ("dd", "if=/dev/zero", "of=/dev/null", "bs=96M", "count=1")
 
 
 def out_of_memory(pod: Pod, runtime: str) -> Container:

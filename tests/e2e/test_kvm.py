@@ -19,6 +19,7 @@ from tests.framework.kvmlab.lab import THE_LAB
 from tests.framework.leftovers import Leftovers
 from tests.framework.pod import Pod
 from tests.framework.processes import all_processes
+from tests.framework.resources import open_files
 from tests.framework.sandbox import SHIM, Sandbox, eventually
 
 SLEEP = ("sleep", "100000")
@@ -47,10 +48,6 @@ def command(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
-def open_files(pid: int) -> set[str]:
-    return {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
-
-
 def test_a_vm_is_run_by_kvm_and_its_vsock_by_the_kernel(pod: Pod) -> None:
     qemu = Sandbox(pod.containerd, pod.id).find("qemu")
     assert qemu
@@ -58,7 +55,7 @@ def test_a_vm_is_run_by_kvm_and_its_vsock_by_the_kernel(pod: Pod) -> None:
     words = command(qemu)
     assert words[words.index("-accel") + 1] == "kvm"
     assert words[words.index("-cpu") + 1] == "host"
-    assert {"/dev/kvm", "/dev/vhost-vsock"} <= open_files(qemu)
+    assert {"/dev/kvm", "/dev/vhost-vsock"} <= set(open_files(qemu))
     assert [p for p in all_processes().values() if "vhost-device-vsock" in p.command] == []
 
 

@@ -5,20 +5,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pymicro.shim import cgroup
 
 from tests.framework.ctr import PYMICRO, RUNC, Container
 from tests.framework.pod import Pod
+from tests.framework.resources import HOG
 from tests.framework.taskservice import TaskService
 from tests.framework.waiting import seconds, until
 
 MIB = 1 << 20
 SLEEP = ("sleep", "100000")
 TOLERANCE = 0.1
-V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+V2 = cgroup.is_v2()
 
 CPU_SECONDS = 3
 COUNT = "n=0; while [ $n -lt 1000 ]; do n=$((n + 1)); done; read -r line </proc/$$/stat; set -- $line"
@@ -31,7 +32,6 @@ HELD_MIB = 32
 HOLD = ("sh", "-c", f"dd if=/dev/zero bs={HELD_MIB}M count=1 | sleep 100000")
 """Holds memory: dd has read it and waits, since nobody takes it."""
 FILE = ("dd", "if=/dev/zero", "of=/dev/shm/file", "bs=1M", f"count={HELD_MIB}")
-HOG = ("dd", "if=/dev/zero", "of=/dev/null", "bs=96M", "count=1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+HOG = ("dd", "if=/dev/zero", "of=/dev/null", "bs=96M", "count=1")
+"""A command that takes 96 MiB of memory at once."""
+
 _INTERVAL = 0.2
 
 

@@ -77,9 +77,8 @@ def prepare(start: Start, record: Record, timeline: Timeline) -> Ignition | Shim
         settings = load(start.config_path, start.config_body)
         bundle = Bundle.load(start.bundle)
         settings = with_annotations(settings, bundle.annotations)
-        guestspec.build(
-            bundle.spec, start.sandbox_id, host_pid=settings.vm.host_pid
-        )  # what no VM could run needs none to be refused
+        # what no VM could run needs none to be refused
+        guestspec.build(bundle.spec, start.sandbox_id, host_pid=settings.vm.host_pid)
         return ignite(make_plan(bundle, settings), start.directory, start.sandbox_id, record.note, timeline)
     except ShimError as error:
         return error
