@@ -24,9 +24,7 @@ def programs(ctr: Ctr, only_our_runtime: None) -> Iterator[Path]:
     ctr.containerd.write_settings()
 
 
-pytestmark = pytest.mark.kvm
-
-
+@pytest.mark.kvm
 def test_a_pod_goes_on_from_a_template_of_this_qemu_and_loses_no_output(ctr: Ctr, leftovers: Leftovers) -> None:
     log, container_id = ShimLog(ctr.containerd), ctr.new_id()
 
@@ -52,6 +50,7 @@ def test_programs_that_come_and_go_are_never_mixed_up(ctr: Ctr, leftovers: Lefto
     leftovers.check()
 
 
+@pytest.mark.kvm
 def test_a_pod_boots_its_own_kernel_and_shares_a_directory(ctr: Ctr, leftovers: Leftovers, tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("from outside\n")
     options = ["--mount", f"type=bind,src={tmp_path},dst=/mnt,options=rbind:rw"]

@@ -137,6 +137,7 @@ def test_statistics_can_be_had_until_the_task_is_deleted(pod: Pod, runtime: str)
 # -- changed limits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 def test_limits_are_shown_before_and_after_their_change(pod: Pod, runtime: str) -> None:
     container = started(pod, runtime, "--memory-limit", str(64 * MIB))
     task = TaskService.of(container)
@@ -148,6 +149,7 @@ def test_limits_are_shown_before_and_after_their_change(pod: Pod, runtime: str) 
     assert (found.limit, found.pids_limit) == (80 * MIB, 17)
 
 
+@pytest.mark.kvm
 def test_a_memory_limit_that_is_lowered_holds(pod: Pod, runtime: str) -> None:
     container = started(pod, runtime)
     task = TaskService.of(container)

@@ -55,7 +55,6 @@ sed -n 's/-.*\[stack\]$//p' /proc/self/maps
 """The first reads, the boot's name, where a new process has its stack, and many reads more."""
 
 
-@pytest.mark.kvm
 def test_clones_draw_different_random_numbers_from_the_first_read_on(ctr: Ctr) -> None:
     log, ids = ShimLog(ctr.containerd), [ctr.new_id() for _ in range(3)]
     assert ctr.run("true").returncode == 0  # there is a template now

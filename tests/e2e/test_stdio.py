@@ -205,7 +205,6 @@ def test_much_output_arrives_as_it_was_written_and_the_shims_memory_is_flat(
     assert after < before + FLAT
 
 
-@pytest.mark.kvm
 def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     script = "head -c 20000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait"
     client = pod.popen("sh", "-c", script)
@@ -215,7 +214,6 @@ def test_two_full_outputs_do_not_hold_each_other_up(pod: Pod) -> None:
     assert (len(out), len(err)) == (10_000_000, 20_000_000)
 
 
-@pytest.mark.kvm
 def test_a_slow_reader_slows_the_program_and_loses_nothing(pod: Pod) -> None:
     client = Client(pod.popen("sh", "-c", "seq 1 1000000; echo done >&2"))
     time.sleep(3)

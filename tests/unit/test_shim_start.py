@@ -270,14 +270,14 @@ def test_delete_runs_the_poststop_hooks_of_a_shim_that_was_killed(host: Host, tm
     assert not run.exists()
 
 
-def test_delete_does_not_wait_for_slow_poststop_hooks_which_run_all_the_same(host: Host, tmp_path: Path) -> None:
-    """Containerd kills a `delete` after five seconds, and then keeps the bundle."""
-    run = owing_sandbox(host, f"sleep 4.5; : > {tmp_path}/done")
+def test_delete_answers_within_five_seconds_and_frees_all_the_same(host: Host, tmp_path: Path) -> None:
+    """Containerd kills it then, and keeps the bundle. Half a second is for a busy machine."""
+    run = owing_sandbox(host, f"sleep 6; : > {tmp_path}/done")
     begun = time.monotonic()
     result = host.execute("delete")
-    assert time.monotonic() - begun < 4.4, "it waited for the hook"
+    assert time.monotonic() - begun < 4.5, "it waited for the hook"
     assert result.returncode == 0
-    assert b"poststop hooks still run after 3 s" in result.stderr
+    assert result.stderr == b"pymicro: not all is freed after 4 s; it goes on, as do poststop hooks\n"
     assert task_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
     deadline = time.monotonic() + 10
     while run.exists():

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 KILLED = 137
 ANSWER = "freed"
 """The file in a bundle with what `delete` is to answer. It says that nothing is left."""
-_PATIENCE = 3.0
-"""Seconds that containerd's client waits for poststop hooks of a shim that was killed."""
+_ANSWERED_IN = 4.0
+"""Seconds, from the program's beginning, in which `delete` answers, however busy the host is and however slow a hook:
+containerd kills it after five, and then keeps the bundle and may tell nobody of the end.
+"""
 
 
 def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
@@ -36,50 +38,57 @@ def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
 
 
 def delete(arguments: Arguments) -> None:
-    """Free what nobody uses any more and answer on stdout."""
-    sandbox_id = _sandbox_id(arguments)
-    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
-    recorded = freeing.recorded(directory, arguments.bundle)
-    if not _in_use(recorded, arguments.id, shared=sandbox_id != arguments.id):
-        for warning in _free(directory, arguments.bundle, recorded):
-            os.write(2, f"pymicro: {warning}\n".encode())  # containerd logs it
-    os.write(1, delete_response(KILLED, time.time_ns()))
+    """Free what nobody uses any more and answer on stdout, within _ANSWERED_IN: a child frees, and goes on alone where
+    that takes longer.
 
-
-def _free(directory: str, bundle: str, recorded: "dict[str, Any]") -> list[str]:
-    """Free a sandbox; return what is worth a warning. Poststop hooks go on without us where they need long.
-
-    containerd gives `delete` five seconds, kills it then and keeps the bundle.
+    Raises SystemExit where the child has failed; it has said why on stderr.
     """
-    if not os.path.isdir(directory):  # nor is there anything to lock, or to write into
-        return freeing.free_recorded(directory, recorded) if recorded else []
-    if not recorded.get("poststop"):
-        return freeing.free(directory, bundle)
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _free_alone(directory, bundle, say)
-    os.close(say)
-    with open(said, "rb") as pipe:
-        if not select.select([pipe], [], [], _PATIENCE)[0]:
-            return [f"poststop hooks still run after {_PATIENCE:g} s; they go on within their time-outs"]
-        warnings = pipe.read().decode(errors="replace").splitlines()
-    os.waitpid(pid, 0)
-    return warnings
-
-
-def _free_alone(directory: str, bundle: str, say: int) -> None:
-    """Runs in the child, which nobody waits for or kills, and never returns."""
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):  # containerd waits until the last one has closed them
-            os.dup2(null, fd)
-        warnings = freeing.free(directory, bundle)
-        with suppress(BrokenPipeError):
-            os.write(say, "\n".join(warnings).encode())
-    finally:
+        _leave_parent(say)
+        _free(arguments)
         os._exit(0)
+    os.close(say)
+    if not _relayed(said):
+        os.write(2, f"pymicro: not all is freed after {_ANSWERED_IN:g} s; it goes on, as do poststop hooks\n".encode())
+    elif os.waitpid(pid, 0)[1]:
+        raise SystemExit(1)
+    os.write(1, delete_response(KILLED, time.time_ns()))
+
+
+def _relayed(pipe: int) -> bool:
+    """Write to stderr, which containerd logs, what comes from `pipe`; return whether it ended in time."""
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - state.start_time(os.getpid()) / os.sysconf("SC_CLK_TCK")
+    deadline = time.monotonic() + _ANSWERED_IN - age
+    while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        data = os.read(pipe, 4096)
+        if not data:
+            return True
+        os.write(2, data)
+    return False
+
+
+def _leave_parent(say: int) -> None:
+    """Runs in the child: leave all that containerd waits for, so that nobody waits for us or kills us."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd, ours in ((0, null), (1, null), (2, say)):
+        os.dup2(ours, fd)
+
+
+def _free(arguments: Arguments) -> None:
+    sandbox_id = _sandbox_id(arguments)
+    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    recorded = freeing.recorded(directory, arguments.bundle)
+    if _in_use(recorded, arguments.id, shared=sandbox_id != arguments.id):
+        return
+    if os.path.isdir(directory):
+        warnings = freeing.free(directory, arguments.bundle)
+    else:  # nor is there anything to lock, or to write into
+        warnings = freeing.free_recorded(directory, recorded) if recorded else []
+    with suppress(BrokenPipeError):
+        os.write(2, "".join(f"pymicro: {warning}\n" for warning in warnings).encode())
 
 
 def leave_answer(bundle: str) -> None:
