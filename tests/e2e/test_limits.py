@@ -137,7 +137,6 @@ def test_statistics_can_be_had_until_the_task_is_deleted(pod: Pod, runtime: str)
 # -- changed limits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kvm
 def test_limits_are_shown_before_and_after_their_change(pod: Pod, runtime: str) -> None:
     container = started(pod, runtime, "--memory-limit", str(64 * MIB))
     task = TaskService.of(container)

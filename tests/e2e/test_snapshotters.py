@@ -113,7 +113,7 @@ def test_a_device_is_free_when_delete_has_answered(pod: Pod, snapshotter: str) -
     assert pod.first.exec("true").returncode == 0
 
 
-@pytest.fixture(params=["ext4", "xfs"])
+@pytest.fixture(params=["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
 def devmapper(
     artefacts: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest, only_our_runtime: None
 ) -> Iterator[Ctr]:

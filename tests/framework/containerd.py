@@ -28,6 +28,8 @@ SHIM = "containerd-shim-pymicro-v1"
 
 START_TIMEOUT = seconds(30)
 STOP_TIMEOUT = seconds(15)
+CLEANUP = 5.0
+"""Seconds that a shim's `delete` may take before containerd kills it: its default; a slower host needs more."""
 
 # The shim's own socket and containerd's `.ttrpc` one must fit into a sockaddr_un (108 bytes).
 LONGEST_DIRECTORY = 70
@@ -240,7 +242,8 @@ class Containerd:
             f'root = "{self.home}/root"\nstate = "{self.home}/state"\n'
             f"disabled_plugins = [\n{unwanted}]\n"
             f'[grpc]\n  address = "{self.address}"\n'
-            f'[debug]\n  level = "info"\n{plugins}'
+            f'[debug]\n  level = "info"\n'
+            f'[timeouts]\n  "io.containerd.timeout.shim.cleanup" = "{seconds(CLEANUP):g}s"\n{plugins}'
         )
 
     def _link_home(self) -> None:
