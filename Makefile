@@ -76,6 +76,7 @@ slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" s
 # A command line goes by way of the environment: whatever is quoted in it stays quoted. The lab has no network.
 kvm-test: export LAB_COMMAND = $(VENV)/pytest -m "kvm and not slow" --containerd=2.1 --start=$(START) tests/e2e $(PYTEST)
 kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (PYTEST="-k word" chooses)
+	@$(HOST) -m tests.framework.tools vmm-trixie >/dev/null
 	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
 
 kvm-lab: export LAB_COMMAND = $(ARGS)

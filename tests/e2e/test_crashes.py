@@ -28,8 +28,7 @@ STARTED = 0.5
 """Seconds between a process's appearance in the guest and the client's learning of its start, amply."""
 SLEEP = ("sleep", "100000")
 KILLED = 137
-HAVE_A_CID = {SHIM, "qemu"}
-KINDS_IN_LANES = [pytest.param(kind, marks=[pytest.mark.kvm] if kind in HAVE_A_CID else []) for kind in KINDS]
+KINDS_IN_LANES = [pytest.param(kind, marks=[pytest.mark.kvm] if kind == SHIM else []) for kind in KINDS]
 
 
 @pytest.fixture

@@ -54,7 +54,6 @@ def test_a_missing_program_is_named_and_leaves_nothing(ctr: Ctr, leftovers: Left
     assert ctr("containers", "ls", "-q").stdout == ""
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_killing_a_container_gives_137(ctr: Ctr) -> None:
     container = ctr.start("sleep", "100000")

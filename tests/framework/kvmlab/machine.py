@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+QEMU = "qemu-system-x86_64"
+
 # What an emulated CPU is spared: mitigations, zeroing of memory, security modules, and a clock that is a device.
 # The first CPU is left alone. Whenever another one restores an FPU's state, the emulator clears a bit in the first's
 # flags, and not in one step (QEMU 7.2 to 10, cpu_clear_ignne): what that CPU changes itself at this moment is undone.
@@ -29,7 +31,6 @@ class Share:
 class Machine:
     """A lab: `outputs` are sockets for what a command writes, by number of the port; without them it is a terminal."""
 
-    qemu: Path
     kernel: Path
     initramfs: Path
     console: Path
@@ -42,7 +43,7 @@ class Machine:
 def command_line(machine: Machine) -> list[str]:
     """Return the words that run the lab's machine until it switches itself off."""
     return [
-        str(machine.qemu),
+        QEMU,
         *("-name", "pymicro-kvm-lab", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU),
         *("-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M"),
