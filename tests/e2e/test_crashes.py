@@ -28,7 +28,6 @@ STARTED = 0.5
 """Seconds between a process's appearance in the guest and the client's learning of its start, amply."""
 SLEEP = ("sleep", "100000")
 KILLED = 137
-KINDS_IN_LANES = [pytest.param(kind, marks=[pytest.mark.kvm] if kind == SHIM else []) for kind in KINDS]
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def attached(ctr: Ctr, *arguments: str) -> "subprocess.Popen[bytes]":
 # -- at rest -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS_IN_LANES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_process_ends_the_container_and_all_who_wait(ctr: Ctr, leftovers: Leftovers, kind: str) -> None:
     if kind == "vhost-device-vsock" and os.path.exists("/dev/vhost-vsock"):
         pytest.skip("this host's kernel has vhost-vsock, so there is no such process")

@@ -50,7 +50,6 @@ def test_programs_that_come_and_go_are_never_mixed_up(ctr: Ctr, leftovers: Lefto
     leftovers.check()
 
 
-@pytest.mark.kvm
 def test_a_pod_boots_its_own_kernel_and_shares_a_directory(ctr: Ctr, leftovers: Leftovers, tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("from outside\n")
     options = ["--mount", f"type=bind,src={tmp_path},dst=/mnt,options=rbind:rw"]

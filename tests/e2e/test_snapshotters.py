@@ -113,7 +113,7 @@ def test_a_device_is_free_when_delete_has_answered(pod: Pod, snapshotter: str) -
     assert pod.first.exec("true").returncode == 0
 
 
-@pytest.fixture(params=["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
+@pytest.fixture(params=["ext4", "xfs"])
 def devmapper(
     artefacts: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest, only_our_runtime: None
 ) -> Iterator[Ctr]:
@@ -141,6 +141,7 @@ def devmapper(
 
 
 @pytest.mark.kvm
+@pytest.mark.slow
 def test_a_thin_device_is_the_root_and_has_what_was_written(devmapper: Ctr) -> None:
     container = start(devmapper, "devmapper", WRITES)
     assert container.exec("cat", "/new/passwd").stdout.startswith("root:x:0:0")

@@ -35,7 +35,6 @@ def container_of_either(pod: Pod, request: pytest.FixtureRequest) -> Container:
 # -- with every containerd ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kvm
 @pytest.mark.every_containerd
 def test_a_detached_container_is_listed_paused_resumed_killed_and_removed(ctr: Ctr, leftovers: Leftovers) -> None:
     container = ctr.start(*SLEEP)
