@@ -39,9 +39,9 @@ def _run(arguments: "Arguments", begun_ns: int) -> None:
 
         start(arguments, begun_ns)
     elif arguments.action == "delete":
-        from pymicro.shim.delete import delete
+        from pymicro.shim.delete import age_of_program, delete
 
-        delete(arguments)
+        delete(arguments, age_of_program())
     else:
         raise ValueError(
             f"unknown action {arguments.action!r}; a shim is started by containerd: start, delete, -info or -v"

@@ -37,9 +37,9 @@ def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
     return field(1, pid) + field(2, status) + field(3, moment)
 
 
-def delete(arguments: Arguments) -> None:
+def delete(arguments: Arguments, age: float = 0.0) -> None:
     """Free what nobody uses any more and answer on stdout, within _ANSWERED_IN: a child frees, and goes on alone where
-    that takes longer.
+    that takes longer. `age`: seconds that have gone by already.
 
     Raises SystemExit where the child has failed; it has said why on stderr.
     """
@@ -50,17 +50,21 @@ def delete(arguments: Arguments) -> None:
         _free(arguments)
         os._exit(0)
     os.close(say)
-    if not _relayed(said):
+    if not _relayed(said, _ANSWERED_IN - age):
         os.write(2, f"pymicro: not all is freed after {_ANSWERED_IN:g} s; it goes on, as do poststop hooks\n".encode())
     elif os.waitpid(pid, 0)[1]:
         raise SystemExit(1)
     os.write(1, delete_response(KILLED, time.time_ns()))
 
 
-def _relayed(pipe: int) -> bool:
-    """Write to stderr, which containerd logs, what comes from `pipe`; return whether it ended in time."""
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - state.start_time(os.getpid()) / os.sysconf("SC_CLK_TCK")
-    deadline = time.monotonic() + _ANSWERED_IN - age
+def age_of_program() -> float:
+    """Return for how many seconds this process has existed, its shell's first lines included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - state.start_time(os.getpid()) / os.sysconf("SC_CLK_TCK")
+
+
+def _relayed(pipe: int, limit: float) -> bool:
+    """Write to stderr, which containerd logs, what comes from `pipe`; return whether it ended in `limit` seconds."""
+    deadline = time.monotonic() + limit
     while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
         data = os.read(pipe, 4096)
         if not data:
