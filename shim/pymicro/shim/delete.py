@@ -46,11 +46,11 @@ def delete(arguments: Arguments, age: float = 0.0) -> None:
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _leave_parent(say)
-        _free(arguments)
-        os._exit(0)
+        _free_alone(arguments, say)
     os.close(say)
-    if not _relayed(said, _ANSWERED_IN - age):
+    in_time = _relayed(said, _ANSWERED_IN - age)
+    os.close(said)
+    if not in_time:
         os.write(2, f"pymicro: not all is freed after {_ANSWERED_IN:g} s; it goes on, as do poststop hooks\n".encode())
     elif os.waitpid(pid, 0)[1]:
         raise SystemExit(1)
@@ -73,12 +73,21 @@ def _relayed(pipe: int, limit: float) -> bool:
     return False
 
 
-def _leave_parent(say: int) -> None:
-    """Runs in the child: leave all that containerd waits for, so that nobody waits for us or kills us."""
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd, ours in ((0, null), (1, null), (2, say)):
-        os.dup2(ours, fd)
+def _free_alone(arguments: Arguments, say: int) -> None:
+    """Runs in the child, which nobody waits for or kills, and never returns: whoever calls `delete` goes on once."""
+    status = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, ours in ((0, null), (1, null), (2, say)):  # containerd waits until the last one has closed them
+            os.dup2(ours, fd)
+        _free(arguments)
+        status = 0
+    except (OSError, ValueError, RuntimeError) as error:
+        with suppress(BrokenPipeError):
+            os.write(2, f"pymicro: {error}\n".encode())
+    finally:
+        os._exit(status)
 
 
 def _free(arguments: Arguments) -> None:
