@@ -9,6 +9,7 @@ PYTHON     ?= /usr/bin/python3
 CONTAINERD ?= 2.1
 DEV        ?= build/dev
 START      ?= snapshot
+HYPERVISOR ?= qemu
 PREFIX     ?= /opt/pymicro
 DESTDIR    ?=
 TESTS      ?=
@@ -74,9 +75,8 @@ slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" s
 	$(SUDO) $(VENV)/pytest -m slow --start=$(START) tests/integration tests/e2e $(PYTEST)
 
 # A command line goes by way of the environment: whatever is quoted in it stays quoted. The lab has no network.
-kvm-test: export LAB_COMMAND = $(VENV)/pytest -m "kvm and not slow" --containerd=2.1 --start=$(START) tests/e2e $(PYTEST)
-kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (PYTEST="-k word" chooses)
-	@$(HOST) -m tests.framework.tools vmm-trixie >/dev/null
+kvm-test: export LAB_COMMAND = $(VENV)/pytest -m "kvm and not slow" --containerd=2.1 --start=$(START) --hypervisor=$(HYPERVISOR) tests/e2e $(PYTEST)
+kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (HYPERVISOR=cloud-hypervisor, PYTEST="-k word")
 	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
 
 kvm-lab: export LAB_COMMAND = $(ARGS)

@@ -123,17 +123,17 @@ def shared_pod() -> SharedPod:
     return SharedPod()
 
 
-@pytest.fixture(scope="module")
-def pod_until_end_of_module(containerd: Containerd, shared_pod: SharedPod) -> Iterator[SharedPod]:
+@pytest.fixture(scope="session")
+def pod_until_containerd_ends(containerd: Containerd, shared_pod: SharedPod) -> Iterator[SharedPod]:
     yield shared_pod
     shared_pod.end()
 
 
 @pytest.fixture
-def pod(containerd: Containerd, pod_until_end_of_module: SharedPod, request: pytest.FixtureRequest) -> Iterator[Pod]:
-    """Yield a client whose containers share one VM with those of the module's other tests; for the sake of speed."""
+def pod(containerd: Containerd, pod_until_containerd_ends: SharedPod, request: pytest.FixtureRequest) -> Iterator[Pod]:
+    """Yield a client whose containers share one VM with other tests, until one asks for `ctr`; for the sake of speed."""
     request.node.stash[LOG_SECTION] = (containerd, containerd.log.stat().st_size)
-    shared = pod_until_end_of_module.take(containerd, request.config.getoption("--runtime"))
+    shared = pod_until_containerd_ends.take(containerd, request.config.getoption("--runtime"))
     yield shared
     shared.end_containers()
 
@@ -155,6 +155,13 @@ def only_our_runtime(request: pytest.FixtureRequest) -> None:
     """Skip where another runtime is tested: what the test looks at is pymicro's own."""
     if request.config.getoption("--runtime") != PYMICRO:
         pytest.skip("these tests know how pymicro is built")
+
+
+@pytest.fixture
+def only_qemu(request: pytest.FixtureRequest) -> None:
+    """Skip where another VMM is tested: what the test looks at is QEMU's own, or the kernel's vsock, which it alone has."""
+    if request.config.getoption("--hypervisor") != "qemu":
+        pytest.skip("these tests know how pymicro runs QEMU")
 
 
 @pytest.fixture

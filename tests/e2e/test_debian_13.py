@@ -15,7 +15,7 @@ SLEEP = ("sleep", "100000")
 
 
 @pytest.fixture(autouse=True)
-def programs(ctr: Ctr, only_our_runtime: None) -> Iterator[Path]:
+def programs(ctr: Ctr, only_our_runtime: None, only_qemu: None) -> Iterator[Path]:
     """Have pods run with Debian 13's programs, and yield where these are."""
     directory = tool("vmm-trixie")
     paths = {"qemu": directory / "qemu-system-x86_64", "virtiofsd": directory / "virtiofsd"}

@@ -48,6 +48,7 @@ def command(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
+@pytest.mark.usefixtures("only_qemu")
 def test_a_vm_is_run_by_kvm_and_its_vsock_by_the_kernel(pod: Pod) -> None:
     qemu = Sandbox(pod.containerd, pod.id).find("qemu")
     assert qemu
@@ -120,6 +121,7 @@ def forgotten(container: Container) -> bool:
     return container.status == "GONE"
 
 
+@pytest.mark.usefixtures("only_qemu")
 def test_10_vms_started_at_once_have_10_cids_which_are_free_when_their_shims_are_killed(
     ctr: Ctr, leftovers: Leftovers
 ) -> None:

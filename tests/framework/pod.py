@@ -46,7 +46,7 @@ class Pod(Ctr):
 
 
 class SharedPod:
-    """The pod that the tests of a module take turns with, started when the first one asks for it."""
+    """The pod that tests take turns with, started when the first one asks for it."""
 
     def __init__(self) -> None:
         self._pod: Pod | None = None

@@ -11,7 +11,7 @@ import pytest
 
 from tests.framework.containerd import REPOSITORY
 from tests.framework.kvmlab import kernel
-from tests.framework.kvmlab.lab import FILES, TIMED_OUT
+from tests.framework.kvmlab.lab import FILES, TIMED_OUT, emulator
 from tests.framework.processes import MARK, processes_of
 from tests.framework.waiting import until
 
@@ -34,7 +34,8 @@ exit 7
 def root() -> None:
     if os.geteuid():
         pytest.skip("the lab needs root, whose files it shows")
-    kernel.kernel()  # fetched before the lab's output is looked at, and its time is taken
+    kernel.kernel()  # both fetched before the lab's output is looked at, and its time is taken
+    emulator()
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_a_module_that_is_missing_is_named(modules: Path) -> None:
 
 def machine(outputs: dict[int, int]) -> list[str]:
     shares = (Share("host", Path("/"), read_only=True), Share("files", Path("/a,b")))
-    return command_line(Machine(Path("/k"), Path("/i"), Path("/c"), shares, 2, 1024, outputs))
+    return command_line(Machine(Path("/q"), Path("/k"), Path("/i"), Path("/c"), shares, 2, 1024, outputs))
 
 
 def test_the_hosts_own_files_are_shared_read_only() -> None:

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-QEMU = "qemu-system-x86_64"
-
 # What an emulated CPU is spared: mitigations, zeroing of memory, security modules, and a clock that is a device.
-# The first CPU is left alone. Whenever another one restores an FPU's state, the emulator clears a bit in the first's
-# flags, and not in one step (QEMU 7.2 to 10, cpu_clear_ignne): what that CPU changes itself at this moment is undone.
-# It does so at each entry and exit of a VM ("interrupts are held off"): the host's kernel would be dead in minutes.
+# One CPU boots alone: QEMU 10 may fail an assertion (iotlb_to_section) when one CPU reads a device's registers while
+# another moves them. Then the others take over and the first one is left alone (second.sh). For whenever another CPU
+# restores an FPU's state, the emulator clears a bit in the first one's flags, and not in one step (QEMU 7.2 to 10,
+# cpu_clear_ignne): what that CPU changes itself at this moment is undone. It does so at each entry and exit of a VM
+# ("interrupts are held off"), and the kernel would be dead in minutes.
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet oops=panic panic=-1 isolcpus=0 "
+    "console=ttyS0 quiet oops=panic panic=-1 maxcpus=1 "
     "mitigations=off init_on_alloc=0 audit=0 security=none nowatchdog tsc=reliable"
 )
 # SVM is AMD's virtualisation, the one that QEMU emulates. With la57 kernels walk five levels of page tables, not four.
@@ -31,6 +31,7 @@ class Share:
 class Machine:
     """A lab: `outputs` are sockets for what a command writes, by number of the port; without them it is a terminal."""
 
+    qemu: Path
     kernel: Path
     initramfs: Path
     console: Path
@@ -43,7 +44,7 @@ class Machine:
 def command_line(machine: Machine) -> list[str]:
     """Return the words that run the lab's machine until it switches itself off."""
     return [
-        QEMU,
+        str(machine.qemu),
         *("-name", "pymicro-kvm-lab", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU),
         *("-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M"),

@@ -35,6 +35,18 @@ hostname kvm-lab
 echo always >/sys/kernel/mm/transparent_hugepage/enabled  # Debian's default; somebody may have changed the kernel's
 ulimit -n 1048576
 
+# The first CPU is left alone: machine.py says why.
+for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
+    echo 1 >"$cpu/online"
+done
+mkdir /sys/fs/cgroup/first-cpu
+echo 0 >/sys/fs/cgroup/first-cpu/cpuset.cpus
+echo isolated >/sys/fs/cgroup/first-cpu/cpuset.cpus.partition
+others=$(cat /sys/fs/cgroup/cpuset.cpus.effective)
+for affinity in /proc/irq/*/smp_affinity_list; do
+    echo "$others" >"$affinity"
+done 2>/dev/null  # some interrupts have their place
+
 # containerd cannot have its snapshots on an overlay; and what a checkout's build directory holds is the host's.
 stamps=$(mktemp -d)
 cp -a "$LAB_CHECKOUT/build/stamps" "$stamps" 2>/dev/null
