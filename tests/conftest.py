@@ -131,7 +131,7 @@ def pod_until_containerd_ends(containerd: Containerd, shared_pod: SharedPod) -> 
 
 @pytest.fixture
 def pod(containerd: Containerd, pod_until_containerd_ends: SharedPod, request: pytest.FixtureRequest) -> Iterator[Pod]:
-    """Yield a client whose containers share one VM with other tests, until one asks for `ctr`; for the sake of speed."""
+    """Yield a client whose containers share one VM with other tests' until one asks for `ctr`, to be quick."""
     request.node.stash[LOG_SECTION] = (containerd, containerd.log.stat().st_size)
     shared = pod_until_containerd_ends.take(containerd, request.config.getoption("--runtime"))
     yield shared
@@ -159,7 +159,7 @@ def only_our_runtime(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def only_qemu(request: pytest.FixtureRequest) -> None:
-    """Skip where another VMM is tested: what the test looks at is QEMU's own, or the kernel's vsock, which it alone has."""
+    """Skip where another VMM is tested: the test looks at what is its own, or at the kernel's vsock."""
     if request.config.getoption("--hypervisor") != "qemu":
         pytest.skip("these tests know how pymicro runs QEMU")
 
