@@ -10,6 +10,7 @@ CONTAINERD ?= 2.1
 DEV        ?= build/dev
 START      ?= snapshot
 HYPERVISOR ?= qemu
+LAB_KERNEL ?= bookworm
 PREFIX     ?= /opt/pymicro
 DESTDIR    ?=
 TESTS      ?=
@@ -77,11 +78,11 @@ slow: ready ## run the tests that take many minutes each (PYTEST="--clones=20" s
 # A command line goes by way of the environment: whatever is quoted in it stays quoted. The lab has no network.
 kvm-test: export LAB_COMMAND = $(VENV)/pytest -m "kvm and not slow" --containerd=2.1 --start=$(START) --hypervisor=$(HYPERVISOR) tests/e2e $(PYTEST)
 kvm-test: ready ## run the tests marked `kvm` on an emulated host with KVM (HYPERVISOR=cloud-hypervisor, PYTEST="-k word")
-	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
+	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) --kernel $(LAB_KERNEL) -- "$$LAB_COMMAND"
 
 kvm-lab: export LAB_COMMAND = $(ARGS)
 kvm-lab: ready ## run a command (ARGS="...") or a shell on that host, for LIMIT seconds at most
-	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) -- "$$LAB_COMMAND"
+	@$(HOST) -m tests.framework.kvmlab --limit $(LIMIT) --kernel $(LAB_KERNEL) -- "$$LAB_COMMAND"
 
 conformance: ready ## run containerd's own client suite with runc and pymicro and compare (TESTS="TestOne TestTwo" ALL=1)
 	@$(SUDO) env TESTS="$(TESTS)" ALL="$(ALL)" TEST_LIMIT="$(TEST_LIMIT)" \

@@ -19,15 +19,21 @@ AT_ONCE = 2
 """How many pods are started at the same time: as many as a small host has CPUs."""
 MEGABYTE = 1e6
 
-KINDS = ("shim", "guard", "anchor", "qemu", "virtiofsd", "vhost-device-vsock")
-_PROGRAMS = {"qemu-system": "qemu", "virtiofsd": "virtiofsd", "vhost-device-vsock": "vhost-device-vsock"}
+VMMS = ("qemu", "cloud-hypervisor")
+KINDS = ("shim", "guard", "anchor", *VMMS, "virtiofsd", "vhost-device-vsock")
+_PROGRAMS = {
+    "qemu-system": "qemu",
+    "cloud-hypervisor": "cloud-hypervisor",
+    "virtiofsd": "virtiofsd",
+    "vhost-device-vsock": "vhost-device-vsock",
+}
 _ANCHOR = "pymicro-anchor"
 _GUARD = "pymicro-guard"
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one pod of several takes, in MB: `pss` by process (`qemu: ...` are parts of it), `ram` of the guest."""
+    """What one pod of several takes, in MB: `pss` by process (`qemu: ...` are parts of QEMU's), `ram` of the guest."""
 
     pods: int
     pss: Mapping[str, float]
@@ -84,8 +90,8 @@ def _pod(shim: int) -> Usage:
     for kind, pid in processes(shim):
         for mapping in smaps.parse(Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")):
             pss[kind] = pss.get(kind, 0) + mapping.pss
-            if kind == "qemu":
-                pss[f"qemu: {mapping.part}"] = pss.get(f"qemu: {mapping.part}", 0) + mapping.pss
+            if kind in VMMS:
+                pss[f"{kind}: {mapping.part}"] = pss.get(f"{kind}: {mapping.part}", 0) + mapping.pss
             if mapping.part == smaps.GUEST_RAM:
                 mapped += mapping.pss
                 _hold(held, pid, mapping)

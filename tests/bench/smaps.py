@@ -28,8 +28,8 @@ class Mapping:
     def part(self) -> str:
         """Which of PARTS it belongs to.
 
-        QEMU has the guest's RAM in a memfd, or maps a template's file on tmpfs; the code that it translates under
-        emulation is the only anonymous memory that is both written and executed.
+        A VMM has the guest's RAM in a memfd; QEMU also maps a template's file on tmpfs. The code that it translates
+        under emulation is the only anonymous memory that is both written and executed.
         """
         if self.path.startswith(("/memfd:", "/dev/shm/")):
             return GUEST_RAM

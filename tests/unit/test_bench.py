@@ -183,6 +183,7 @@ def test_the_parts_of_this_process_add_up_to_what_linux_says() -> None:
     [
         ("pymicro-anchor", ["/usr/bin/python3", "containerd-shim-pymicro-v1"], "anchor"),
         ("qemu-system-x86", ["/usr/bin/qemu-system-x86_64", "-name", "virtiofsd"], "qemu"),
+        ("cloud-hyperviso", ["/opt/cloud-hypervisor", "--api-socket", "fd=8"], "cloud-hypervisor"),
         ("virtiofsd", ["/usr/lib/qemu/virtiofsd", "--fd=8"], "virtiofsd"),
         ("ld-linux-x86-64", ["/x/ld-linux-x86-64.so.2", "--library-path", "/x", "/x/virtiofsd"], "virtiofsd"),
         ("vhost-device-vs", ["/opt/pymicro/bin/vhost-device-vsock", "--vm"], "vhost-device-vsock"),

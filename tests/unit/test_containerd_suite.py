@@ -64,6 +64,14 @@ def test_a_test_that_did_not_pass_says_why_in_one_line(output: str, expected: Ou
     assert parse("TestUser", output) == expected
 
 
+def test_of_a_long_message_the_beginning_is_told() -> None:
+    why = parse("TestUser", FAILED.replace("but received 1", "but received 1 " * 1000)).why
+
+    assert why.startswith("expected status 7 from wait but received 1 but")
+    assert why.endswith(" ...")
+    assert len(why) <= 300
+
+
 def test_the_result_of_another_test_is_not_taken_for_this_ones() -> None:
     assert parse("TestUs", PASSED).state is State.BROKEN
     assert parse("TestUser/ByName", PASSED).state is State.BROKEN

@@ -1,6 +1,7 @@
 """What `go test -v` printed about one test, as data."""
 
 import re
+import textwrap
 from enum import StrEnum
 
 import msgspec
@@ -8,6 +9,10 @@ import msgspec
 RESULT = re.compile(r"^--- (PASS|FAIL|SKIP): (\S+) \((\d+\.\d+)s\)$", re.MULTILINE)
 MESSAGE = re.compile(r"^ +\w+_test\.go:\d+: ?(.*(?:\n {8}.*)*)", re.MULTILINE)
 TESTIFY = re.compile(r"^\s*Error:\s+(.*?)^\s*(?:Test|Messages):", re.MULTILINE | re.DOTALL)
+
+
+LONGEST = 300
+"""Characters of a message: some compare whole configuration files. All of it is in the log."""
 
 
 class State(StrEnum):
@@ -52,7 +57,7 @@ def _last_message(output: str) -> str:
     text = messages[-1]
     if found := TESTIFY.search(text):
         text = found[1]
-    return " ".join(text.split())
+    return textwrap.shorten(text, LONGEST, placeholder=" ...")
 
 
 def _last_line(output: str) -> str:

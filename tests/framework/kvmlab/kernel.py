@@ -1,4 +1,4 @@
-"""The lab's kernel: Debian 12's own, with the modules that a host of containers and VMs loads, and an initramfs of it.
+"""The lab's kernel: Debian's own, with the modules that a host of containers and VMs loads, and an initramfs of it.
 
 The kernel of the machine at hand would not do: it may have no modules, or be somebody else's build.
 """
@@ -6,13 +6,15 @@ The kernel of the machine at hand would not do: it may have no modules, or be so
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from tests.framework.busybox import BUSYBOX
 from tests.framework.cache import built_once, cache_directory
 from tests.framework.debian import Suite, ToolError
 
-SUITE = "bookworm"
+SUITES = ("bookworm", "trixie")
+"""Which Debian's it may be, the usual one first."""
 META_PACKAGE = "linux-image-amd64"
 LAYOUT = 2  # raise it when what the directory holds changes
 
@@ -25,12 +27,12 @@ KEPT = ("arch", "crypto", "fs", "lib", "net", "drivers/block", "drivers/char", "
 KEPT_PATTERN = "drivers/net/*.ko"
 
 
-def kernel() -> Path:
+def kernel(suite: str = SUITES[0]) -> Path:
     """Return a directory with `vmlinuz` and `modules`, the tree of one release; fetched first if the cache lacks it.
 
     Raises ToolError.
     """
-    return built_once(cache_directory() / f"lab-kernel-{SUITE}-{LAYOUT}", _fetch)
+    return built_once(cache_directory() / f"lab-kernel-{suite}-{LAYOUT}", partial(_fetch, suite))
 
 
 def release(directory: Path) -> str:
@@ -38,15 +40,19 @@ def release(directory: Path) -> str:
     return (directory / "release").read_text().strip()
 
 
-def _fetch(directory: Path) -> None:
+def _fetch(suite: str, directory: Path) -> None:
     print("fetching a kernel for the KVM lab", file=sys.stderr, flush=True)
-    packages = [name for name in Suite(SUITE).dependencies(META_PACKAGE) if name.startswith("linux-image-")]
+    packages = [name for name in Suite(suite).dependencies(META_PACKAGE) if name.startswith("linux-image-")]
     if not packages:
-        raise ToolError(f"{META_PACKAGE} of Debian {SUITE} depends on no kernel")
+        raise ToolError(f"{META_PACKAGE} of Debian {suite} depends on no kernel")
     unpacked = directory / "unpacked"
     unpacked.mkdir()
-    Suite(SUITE).unpack(packages[:1], unpacked)
+    Suite(suite).unpack(packages[:1], unpacked)
+    if not (unpacked / "lib").exists():  # since Debian 13 packages have no /lib, the link
+        (unpacked / "lib").symlink_to("usr/lib")
     (modules,) = (unpacked / "lib/modules").iterdir()
+    if packed := list(modules.rglob("*.ko.xz")):
+        subprocess.run(["xz", "--decompress", *packed], check=True)
     _depmod(unpacked, modules.name)
     _prune(modules)
     _depmod(unpacked, modules.name)

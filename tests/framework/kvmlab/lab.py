@@ -48,10 +48,14 @@ class LabError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A bash command line, None for a shell on our terminal; `limit`: seconds from boot to power-off."""
+    """A bash command line, None for a shell on our terminal; `limit`: seconds from boot to power-off.
+
+    `kernel` is that of one of kernel.SUITES.
+    """
 
     command: str | None
     limit: float
+    kernel: str = kernel.SUITES[0]
 
 
 def run(job: Job) -> int:
@@ -59,7 +63,7 @@ def run(job: Job) -> int:
 
     Raises LabError, ToolError.
     """
-    fetched, qemu = kernel.kernel(), emulator()
+    fetched, qemu = kernel.kernel(job.kernel), emulator()
     FILES.mkdir(parents=True, exist_ok=True)
     with _empty_directory() as directory:
         control = _control(directory / "control", fetched, job)
