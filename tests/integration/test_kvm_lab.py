@@ -22,6 +22,7 @@ FACTS = """
 test -c /dev/kvm -a -c /dev/vhost-vsock && echo devices
 grep -qw svm /proc/cpuinfo && echo svm
 grep -q '^cgroup ' /proc/mounts || echo v2 alone
+echo "$(nproc) CPUs, the first is $(cat /sys/fs/cgroup/first-cpu/cpuset.cpus.partition)"
 pwd
 echo "a  'quoted'  word" >&2
 echo kept >build/lab/file
@@ -67,7 +68,7 @@ def test_a_command_runs_on_a_host_with_kvm_and_its_exit_code_output_and_files_co
 ) -> None:
     done = run(FACTS, tmp_path)
 
-    assert done.stdout == f"devices\nsvm\nv2 alone\n{REPOSITORY}\n", done.stderr
+    assert done.stdout == f"devices\nsvm\nv2 alone\n2 CPUs, the first is isolated\n{REPOSITORY}\n", done.stderr
     assert (done.returncode, done.stderr) == (7, "a  'quoted'  word\n")
     assert kept.read_text() == "kept\n"
     assert not (REPOSITORY / "tests/file").exists()
