@@ -261,7 +261,8 @@ def test_a_container_that_ended_while_containerd_was_away_is_cleaned_up(
     time.sleep(3.5)
     daemon.revive()
 
-    assert container.status == "GONE"  # containerd forgets a task without processes, also one of runc
+    # it forgets a task without processes, also one of runc; 1.6 keeps it
+    assert container.status == ("STOPPED" if daemon.version == "1.6" else "GONE")
     container.remove()
     leftovers.check()
 
@@ -285,6 +286,7 @@ def test_a_shim_that_dies_while_containerd_is_away_is_cleaned_up_when_it_is_back
 def test_containerd_crashes_while_a_container_starts(
     ctr: Ctr, daemon: Containerd, leftovers: Leftovers, delay: float
 ) -> None:
+    daemon.write_settings(vm={"start": "boot"}, timeouts={"unused": seconds(4)})
     container_id = ctr.new_id()
     client = ctr.popen(*SLEEP, container_id=container_id)
     Sandbox(daemon, container_id).wait_for(SHIM)
@@ -296,7 +298,7 @@ def test_containerd_crashes_while_a_container_starts(
 
     ctr("tasks", "rm", "--force", container_id, check=False)
     ctr("containers", "rm", container_id, check=False)
-    leftovers.check()
+    leftovers.check(grace=10)  # 1.6 connects to a shim without a container and lets it be
 
 
 # -- `delete` ----------------------------------------------------------------------------------------------------------

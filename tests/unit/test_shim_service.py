@@ -296,6 +296,44 @@ async def test_connect_never_fails(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_a_shim_that_never_has_a_container_is_unused(tmp_path: Path) -> None:
+    async with shim(tmp_path) as (_, _, service):
+        await asyncio.wait_for(service.unused(0.1), 2)
+
+    await asyncio.wait_for(TaskService(HostMissing("no QEMU")).unused(0.1), 2)
+
+
+@asynchronous
+async def test_a_shim_is_unused_when_its_container_has_been_gone_for_a_while_and_not_before(tmp_path: Path) -> None:
+    async with shim(tmp_path) as (p, containerd, service):
+        unused = asyncio.create_task(service.unused(0.2))
+        await containerd.create(p)
+        await asyncio.sleep(0.5)
+        assert not unused.done()
+
+        await containerd.kill()
+        await containerd.wait()
+        await containerd.delete()
+        await asyncio.sleep(0.1)
+        assert not unused.done()
+        await asyncio.wait_for(unused, 2)
+
+
+@asynchronous
+async def test_a_wish_for_a_container_that_fails_begins_the_time_anew() -> None:
+    service = TaskService(HostMissing("no QEMU"))
+    unused = asyncio.create_task(service.unused(0.2))
+
+    for _ in range(8):
+        await asyncio.sleep(0.09)
+        with pytest.raises(HostMissing):
+            await service.create(task_pb2.CreateTaskRequest(id="c1"))
+    assert not unused.done()
+
+    await asyncio.wait_for(unused, 2)
+
+
+@asynchronous
 async def test_shutdown_while_containers_remain_does_nothing(tmp_path: Path) -> None:
     async with shim(tmp_path) as (p, containerd, service):
         await containerd.create(p)

@@ -74,6 +74,7 @@ class Timeouts(Struct, frozen=True):
     request: Seconds = 30.0
     drain: Seconds = 2.0
     hook: Seconds = 20.0
+    unused: Seconds = 60.0
 
 
 class Templates(Struct, frozen=True):

@@ -8,6 +8,7 @@ import socket
 from contextlib import suppress
 
 from pymicro.shim import rootfs
+from pymicro.shim.config import Timeouts
 from pymicro.shim.daemon import Start
 from pymicro.shim.delete import leave_answer
 from pymicro.shim.errors import ShimError, status_code
@@ -36,7 +37,7 @@ _PATIENCE = 0.3
 async def serve(
     start: Start, pod: Ignition | ShimError, record: Record, timeline: Timeline, listener: socket.socket
 ) -> None:
-    """Serve the pod, or the reason why there is none, until Shutdown; then leave nothing behind."""
+    """Serve the pod, or the reason why there is none, until Shutdown or nobody needs it; then leave nothing behind."""
     if "SCHED_CORE" in os.environ:
         logger.debug("containerd asks for core scheduling (SCHED_CORE); pymicro leaves that out")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -49,8 +50,13 @@ async def serve(
     service, server = _task_service(sandbox, start)
     serving = asyncio.create_task(server.serve(listener), name="server")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
-    await asyncio.wait((shutdown, serving), return_when=asyncio.FIRST_COMPLETED)
+    limit = (Timeouts() if isinstance(sandbox, ShimError) else sandbox.settings.timeouts).unused
+    unused = asyncio.create_task(service.unused(limit))
+    await asyncio.wait((shutdown, serving, unused), return_when=asyncio.FIRST_COMPLETED)
+    if unused.done():
+        logger.warning("sandbox %s ends: it has had no container for %g s", start.sandbox_id, limit)
     shutdown.cancel()
+    unused.cancel()
     if isinstance(sandbox, Sandbox):
         await sandbox.stop()
     await events.flush(EVENTS_LIMIT)

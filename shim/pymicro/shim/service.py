@@ -43,6 +43,7 @@ class TaskService:
         self.shutdown_requested = asyncio.Event()
         self.cleaned_up = asyncio.Event()
         """Set by the daemon when nothing of the sandbox is left; Shutdown answers then."""
+        self._creates = 0
 
     def methods(self) -> dict[str, tuple[type[Message], Handler]]:
         """Return the request type and handler of each RPC, by its name."""
@@ -75,7 +76,24 @@ class TaskService:
             raise NotFound(f"no container: {self._sandbox_or_error}")
         return self._sandbox_or_error
 
+    @property
+    def _idle(self) -> bool:
+        return isinstance(self._sandbox_or_error, ShimError) or self._sandbox_or_error.idle
+
+    async def unused(self, limit: float) -> None:
+        """Return when there has been no container, nor a wish for one, for `limit` seconds, or half as long again.
+
+        containerd has died before Create or before Shutdown then. One older than 1.7 connects to such a shim when it is
+        back, and leaves it alone for ever.
+        """
+        quiet, creates = 0, self._creates
+        while quiet < 3:
+            await asyncio.sleep(limit / 2)
+            quiet = quiet + 1 if self._idle and self._creates == creates else 0
+            creates = self._creates
+
     async def create(self, request: task_pb2.CreateTaskRequest) -> task_pb2.CreateTaskResponse:
+        self._creates += 1
         try:
             if isinstance(self._sandbox_or_error, ShimError):
                 raise self._sandbox_or_error
@@ -157,8 +175,7 @@ class TaskService:
 
         The answer comes when everything is freed: containerd runs `delete` next, which must not find us half way.
         """
-        sandbox = self._sandbox_or_error
-        if isinstance(sandbox, ShimError) or sandbox.idle:
+        if self._idle:
             self.shutdown_requested.set()
             await self.cleaned_up.wait()
         return Empty()
