@@ -156,9 +156,8 @@ def test_the_second_container_of_an_id_is_refused(pod: Pod) -> None:
 
 def test_a_created_container_starts_later(pod: Pod) -> None:
     container_id = pod.new_id()
-    pod(
-        "containers", "create", "--runtime", pod.runtime, "localhost/busybox:latest", container_id, "sh", "-c", "exit 6"
-    )
+    options = ["--runtime", pod.runtime, "--"]  # ctr 1.6 would take -c for its own
+    pod("containers", "create", *options, "localhost/busybox:latest", container_id, "sh", "-c", "exit 6")
     assert container_id not in pod.tasks()
 
     assert pod("tasks", "start", container_id, check=False).returncode == 6
