@@ -5,11 +5,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import grpc  # type: ignore[import-untyped]  # it ships no types
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from pymicro.protos import runc_pb2, task_pb2
-from pymicro.ttrpc import Client
+from pymicro.ttrpc import Client, StatusError
 
 from tests.framework.ctr import TIMEOUT, Container
 from tests.framework.waiting import seconds
@@ -27,19 +28,30 @@ class TaskService:
     container_id: str
     address: str
     name: str
+    protocol: str
 
     @classmethod
     def of(cls, container: Container) -> "TaskService":
-        """Find it by what containerd wrote into the container's bundle. It must speak ttrpc."""
+        """Find it by what containerd wrote into the container's bundle."""
         containerd = container.ctr.containerd
         bundle = containerd.home / "state/io.containerd.runtime.v2.task" / containerd.namespace / container.id
         file = bundle / "bootstrap.json"  # containerd 2 writes this, earlier ones the other
         text = (file if file.exists() else bundle / "address").read_text()
         said = json.loads(text) if text.startswith("{") else {"address": text}
-        return cls(container.id, said["address"], f"containerd.task.v{said.get('version', 2)}.Task")
+        name = f"containerd.task.v{said.get('version', 2)}.Task"
+        return cls(container.id, said["address"], name, said.get("protocol", "ttrpc"))
 
     def call(self, method: str, request: Message, response: type[ResponseT], timeout: float = TIMEOUT) -> ResponseT:
         """Call a method. Raises StatusError, OSError."""
+        if self.protocol == "grpc":
+            with grpc.insecure_channel(f"unix:{self.address.removeprefix('unix://')}") as channel:
+                to_bytes, to_message = type(request).SerializeToString, response.FromString
+                function = channel.unary_unary(f"/{self.name}/{method}", to_bytes, to_message)
+                try:
+                    answer: ResponseT = function(request, timeout=seconds(timeout))
+                except grpc.RpcError as error:
+                    raise StatusError(error.code().value[0], error.details()) from error
+                return answer
 
         async def calling() -> ResponseT:
             async with await Client.connect(self.address) as client:
