@@ -44,20 +44,23 @@ class TaskService:
     def call(self, method: str, request: Message, response: type[ResponseT], timeout: float = TIMEOUT) -> ResponseT:
         """Call a method. Raises StatusError, OSError."""
         if self.protocol == "grpc":
-            with grpc.insecure_channel(f"unix:{self.address.removeprefix('unix://')}") as channel:
-                to_bytes, to_message = type(request).SerializeToString, response.FromString
-                function = channel.unary_unary(f"/{self.name}/{method}", to_bytes, to_message)
-                try:
-                    answer: ResponseT = function(request, timeout=seconds(timeout))
-                except grpc.RpcError as error:
-                    raise StatusError(error.code().value[0], error.details()) from error
-                return answer
+            return self._call_by_grpc(method, request, response, seconds(timeout))
 
         async def calling() -> ResponseT:
             async with await Client.connect(self.address) as client:
                 return await client.call(self.name, method, request, response, timeout=seconds(timeout))
 
         return asyncio.run(calling())
+
+    def _call_by_grpc(self, method: str, request: Message, response: type[ResponseT], limit: float) -> ResponseT:
+        with grpc.insecure_channel(f"unix:{self.address.removeprefix('unix://')}") as channel:
+            to_bytes, to_message = type(request).SerializeToString, response.FromString
+            function = channel.unary_unary(f"/{self.name}/{method}", to_bytes, to_message)
+            try:
+                answer: ResponseT = function(request, timeout=limit)
+            except grpc.RpcError as error:
+                raise StatusError(error.code().value[0], error.details()) from error
+            return answer
 
     def exec(self, exec_id: str, *command: str, stdout: str = "") -> None:
         """Add a process and start it; its output goes to the FIFO `stdout`, which the caller should open."""
