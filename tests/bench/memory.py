@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _start(containerd: Containerd, count: int) -> list[Idle]:
 
 def _look(pods: Sequence[Idle], taken: Mapping[str, float]) -> Usage:
     """Return what a pod takes: of each figure the median over the pods. The guest is asked last: that costs memory."""
-    looks = [_pod(pod.shim_pid) for pod in pods]
+    looks = [pod_now(pod.shim_pid) for pod in pods]
     pss = _medians([look.pss for look in looks])
     ram = _medians([look.ram for look in looks])
     return Usage(len(pods), pss, {**ram, **guest_says(pods[-1].read("/proc/meminfo")), **taken})
@@ -82,23 +83,23 @@ def _medians(looks: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: median(look.get(name, 0.0) for look in looks) for name in looks[0]}
 
 
-def _pod(shim: int) -> Usage:
+def pod_now(shim: int) -> Usage:
     """Return what the processes of one pod take now."""
-    pss: dict[str, float] = {}
+    pss: Counter[str] = Counter()
+    kinds = dict.fromkeys(KINDS)
     held: dict[tuple[int, int], int] = {}
     mapped = 0
     for kind, pid in processes(shim):
+        kinds[kind] = None  # one that is not in KINDS counts as well
         for mapping in smaps.parse(Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")):
-            pss[kind] = pss.get(kind, 0) + mapping.pss
-            if kind in VMMS:
-                pss[f"{kind}: {mapping.part}"] = pss.get(f"{kind}: {mapping.part}", 0) + mapping.pss
+            rows = [kind, "all", *([f"{kind}: {mapping.part}"] if kind in VMMS else [])]
+            pss.update(dict.fromkeys(rows, mapping.pss))
             if mapping.part == smaps.GUEST_RAM:
                 mapped += mapping.pss
                 _hold(held, pid, mapping)
-    pss["all"] = sum(pss.get(kind, 0) for kind in KINDS)
-    rows = (row for kind in KINDS for row in (kind, *(f"{kind}: {part}" for part in smaps.PARTS)))
+    order = [*(row for kind in kinds for row in (kind, *(f"{kind}: {part}" for part in smaps.PARTS))), "all"]
     ram = {"mapped, by all processes": mapped, "held by its file": sum(held.values())}
-    return Usage(1, _in_megabytes({row: pss[row] for row in (*rows, "all") if row in pss}), _in_megabytes(ram))
+    return Usage(1, _in_megabytes({row: pss[row] for row in order if row in pss}), _in_megabytes(ram))
 
 
 def _hold(held: dict[tuple[int, int], int], pid: int, mapping: smaps.Mapping) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.framework.busybox import NAME as BUSYBOX
-from tests.framework.containerd import Containerd
+from tests.framework.containerd import VERSIONS, Containerd
 from tests.framework.terminal import Terminal
 
 PYMICRO = "io.containerd.pymicro.v1"
@@ -24,7 +24,6 @@ TIMEOUT = 120.0
 
 EOF_DELAY = 2.0
 
-OLDEST = "1.6"
 UNKNOWN_FLAG = re.compile(r"flag provided but not defined: (-\S+)")
 
 Completed = subprocess.CompletedProcess[str]
@@ -73,8 +72,8 @@ class Ctr:
         """
         arguments = self.run_arguments(command, ["--rm", *options], runtime, container_id)
         done = self.fed(*arguments, stdin=stdin, timeout=timeout)
-        if self.containerd.version == OLDEST and (unknown := UNKNOWN_FLAG.search(done.stderr)):
-            pytest.skip(f"ctr run of containerd {OLDEST} has no -{unknown[1]}")
+        if self.containerd.version == VERSIONS[0] and (unknown := UNKNOWN_FLAG.search(done.stderr)):
+            pytest.skip(f"ctr run of containerd {VERSIONS[0]} has no -{unknown[1]}")
         return done
 
     def start(

@@ -44,7 +44,7 @@ class Bench:
 
     async def origin(self, spec: VmSpec | None = None) -> Origin:
         """Return what the next start of `spec` goes on from."""
-        builder = Builder(self.store, self.timeout, self.wait)
+        builder = Builder(self.store, self.timeout, self.wait, rest=0)
         return await builder.origin(spec or self.spec, self.hypervisor, self.place)
 
     async def template(self, spec: VmSpec | None = None) -> Template:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -192,6 +193,16 @@ def test_the_parts_of_this_process_add_up_to_what_linux_says() -> None:
 )
 def test_a_pods_process_is_known_by_its_program(name: str, command: list[str], kind: str) -> None:
     assert memory.kind_of(name, command) == kind
+
+
+def test_a_process_that_the_bench_does_not_know_counts_as_well() -> None:
+    with subprocess.Popen(["/bin/sleep", "100"]) as stranger:
+        try:
+            found = memory.pod_now(os.getpid())
+        finally:
+            stranger.kill()
+    assert found.pss["sleep"] > 0
+    assert found.pss["all"] == pytest.approx(found.pss["shim"] + found.pss["sleep"])
 
 
 def test_the_guests_figures_add_up_to_its_memory() -> None:

@@ -71,6 +71,7 @@ async def written(output: Output | None, data: bytes) -> AsyncIterator[None]:
 
 
 async def ended(stdio: Stdio) -> None:
+    stdio.expect_no_streams()  # what is not written is not waited for
     await stdio.closed(5)
     stdio.close()
     await stdio.end_log_binaries()

@@ -125,7 +125,7 @@ def test_delete_with_the_record_cut_off_at_every_byte(sandbox: Lost, capfd: pyte
     whole = (sandbox.run / state.STATE_FILE).read_bytes()
     daemon = 0
     for size in range(len(whole)):
-        if size % 5 == 0:  # a guard takes its time
+        if size % 20 == 0:  # a guard takes its time
             daemon = sandbox.guarded()
         sandbox.folder()
         (sandbox.run / state.STATE_FILE).write_bytes(whole[:size])

@@ -23,8 +23,6 @@ from pymicro.wire import messages
 logger = logging.getLogger(__name__)
 
 _POLL = 0.02
-_REST = 0.1
-"""Seconds in which a guest that waits comes to rest: its console's line goes out, its kernel's threads sleep."""
 _USUAL_MIB, _SHARE = 96, 48
 """More than a template holds is this many MiB and this part of the VM's memory. A small VM's holds 45 MiB, with kernel,
 agent and page cache; Linux's tables take 1/54 of the RAM, its bounce buffers 64 MiB where some RAM lies above 4 GiB.
@@ -37,12 +35,14 @@ class Builder(Struct, frozen=True):
     """Makes the templates of `store`.
 
     `timeout` (seconds) bounds the boot of a VM that becomes one, and the wait for another start that makes it; without
-    `wait` such a start is not waited for.
+    `wait` such a start is not waited for. In `rest` seconds a guest that waits comes to rest: its console's line goes
+    out, its kernel's threads sleep.
     """
 
     store: Store
     timeout: float
     wait: bool = True
+    rest: float = 0.1
 
     async def origin(self, spec: VmSpec, hypervisor: Hypervisor, place: Place) -> Origin:
         """Return the template for `spec`, made now if there is none yet; a cold boot, with a warning, if that
@@ -114,7 +114,7 @@ class Builder(Struct, frozen=True):
             spawned.wake()
             async with hypervisor.take_over(spawned) as vm:
                 await self._ready(vm.console_says(messages.READY))
-                await asyncio.sleep(_REST)
+                await asyncio.sleep(self.rest)
                 await vm.save(scratch / files.STATE)
 
     async def _ready(self, waiting: Any) -> None:  # an awaitable of whatever
