@@ -120,6 +120,21 @@ def test_two_terminals_of_a_container_do_not_meet(pod: Pod) -> None:
         assert terminal.wait() == 0
 
 
+def test_ids_may_be_as_long_as_containerd_takes_them(pod: Pod) -> None:
+    """The CRI's, Docker's and nerdctl's have 64 digits and more: no name that is made of them may be too long."""
+    container_id = pod.new_id().ljust(76, "c")
+    pod.ids.append(container_id)
+    first = pod.on_terminal(*pod.run_arguments(["sh"], ["--tty"], None, container_id))
+    first.expect(PROMPT)
+
+    second = pod.on_terminal("tasks", "exec", "--tty", "--exec-id", "e" * 76, container_id, "sh")
+    second.expect(PROMPT)
+
+    for terminal, code in ((second, 3), (first, 4)):
+        terminal.send(f"exit {code}\n")
+        assert terminal.wait() == code
+
+
 @pytest.mark.every_containerd
 def test_a_detached_terminal_can_be_attached_to(pod: Pod) -> None:
     container_id = pod.new_id()

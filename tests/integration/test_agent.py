@@ -130,6 +130,19 @@ def test_second_create_is_already_exists(guest: Guest, name: str) -> None:
     assert error_of(guest.container, name, "true").kind == "already_exists"
 
 
+def test_delete_while_it_is_being_created(guest: Guest, name: str) -> None:
+    """The host does that when a client gives up Create."""
+    guest.add_rootfs(name)
+    streams = {"stdin": None, "stdout": None, "stderr": None}
+    spec = oci_spec(name, ("sleep", "1000"), terminal=False)
+    create = guest.send("create", container=name, spec=spec, terminal=False, streams=streams)
+    time.sleep(0.05)
+    delete = guest.send("delete", container=name)
+    assert guest.reply(create)["pid"] > 0
+    guest.reply(delete)
+    assert error_of(guest.call, "pids", container=name).kind == "not_found"
+
+
 def test_bad_requests_are_invalid(guest: Guest) -> None:
     assert error_of(guest.call, "fly", container="x").kind == "invalid"
     streams = {"stdin": None, "stdout": None, "stderr": None}
@@ -250,12 +263,13 @@ def test_terminal(guest: Guest, name: str) -> None:
 
 def test_exec_terminal_and_close(guest: Guest, name: str) -> None:
     guest.run(name, "sleep", "1000")
-    shell = guest.execute(name, "e", "sh", "-c", "stty -echo; cat", terminal=True, stdin=True)
+    exec_id = "e" * 76  # containerd takes no longer one; the CRI's have 64 digits
+    shell = guest.execute(name, exec_id, "sh", "-c", "stty -echo; cat", terminal=True, stdin=True)
     time.sleep(0.3)
     shell.write(b"line\n\x04")  # the end of a terminal's input is a character, not a close
     assert shell.read().endswith(b"line\r\n")
     assert shell.wait() == 0
-    guest.call("delete", container=name, exec="e")
+    guest.call("delete", container=name, exec=exec_id)
 
 
 def test_large_terminal_output_is_whole(guest: Guest, name: str) -> None:

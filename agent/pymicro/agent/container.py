@@ -122,7 +122,7 @@ class Container:
 
     def start_exec(self, process: Process, spec: "dict[str, Any]", streams: "Streams", terminal: bool) -> None:
         """Run `crun exec` for a process made by `add_exec`. Nothing is left of it if that raises."""
-        spec_file = f"{self.directory}/{process.exec_id}.json"
+        spec_file = f"{self.directory}/exec-{process.exec_id}.json"
         write_json(spec_file, spec)
 
         def command(pid_file: str, console_socket: str, stdio: "tuple[int, int, int] | None") -> None:

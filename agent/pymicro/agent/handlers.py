@@ -84,6 +84,7 @@ def create(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]
         container.create(params["streams"], params["terminal"])
     except BaseException:
         del agent.containers[name]
+        container.init.gate.release()
         raise
     return {"pid": container.init.pid}, container.init.gate.release
 
@@ -159,6 +160,8 @@ def stats(agent: Agent, params: "Params") -> "Result":
 
 def delete(agent: Agent, params: "Params") -> "Result":
     """Remove an exited exec, or a container with all that still runs in it."""
+    with agent.find(params).init.gate:  # a create that is given up on the host ends first
+        pass
     container = agent.find(params)
     exec_id = params.get("exec")
     if exec_id is None:

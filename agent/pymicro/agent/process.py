@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pymicro.agent.reaper import Reaper
     from pymicro.wire.messages import Streams
 
+CONSOLES = "/run/pymicro"
 DRAIN_LIMIT = 2.0
 """Seconds that an exit event waits at most for the host to take what the process has written."""
 DRAIN_STEP = 0.005
@@ -56,11 +57,11 @@ class Process:
         The streams are dialled when that has worked: what crun itself writes to stderr when it fails is not the
         process's. Nothing is left of it if that raises.
         """
-        name = self.exec_id or "init"
-        pid_file = f"{directory}/{name}.pid"
+        pid_file = f"{directory}/{'init' if self.exec_id is None else f'exec-{self.exec_id}'}.pid"
         try:
             if terminal:
-                self._launch_terminal(streams, f"{directory}/{name}.tty", pid_file, command)
+                # not in the directory: two ids of 64 digits are longer than the name of a socket can be
+                self._launch_terminal(streams, f"{CONSOLES}/{id(self):x}.tty", pid_file, command)
             else:
                 self._launch_pipes(streams, pid_file, command)
             with open(pid_file, encoding="ascii") as file:
