@@ -162,10 +162,26 @@ def test_a_shim_killed_while_starting(ctr: Ctr, leftovers: Leftovers, delay: flo
 
     os.kill(pid, signal.SIGKILL)
 
-    _, errors = client.communicate(timeout=seconds(PROMPT))
+    errors = errors_without_shim(ctr, client)
     assert client.returncode != 0
-    assert errors or client.returncode == KILLED
+    assert errors or client.returncode in {KILLED, -signal.SIGTERM}
     leftovers.check()
+
+
+def errors_without_shim(ctr: Ctr, client: subprocess.Popen[bytes]) -> str:
+    """Return what `ctr run` says when the shim has been killed early.
+
+    A shim of gRPC may not have answered the first dial by then, and containerd 1.7 dials again for 100 s
+    (grpc.WithBlock in its runtime/v2/shim.go), or until its client goes away.
+    """
+    try:
+        _, errors = client.communicate(timeout=seconds(PROMPT))
+    except subprocess.TimeoutExpired:
+        if ctr.containerd.protocol != "grpc":
+            raise
+        client.terminate()
+        _, errors = client.communicate(timeout=seconds(PROMPT))
+    return errors.decode()
 
 
 @pytest.mark.usefixtures("cold")
@@ -207,7 +223,7 @@ def test_a_shim_killed_while_it_makes_a_template_leaves_nothing_of_it(
 
     sandbox.kill(SHIM)
 
-    client.communicate(timeout=seconds(PROMPT))
+    errors_without_shim(ctr, client)
     assert client.returncode != 0
     leftovers.check()
     assert [each for each in templates.iterdir() if each.is_dir()] == []
