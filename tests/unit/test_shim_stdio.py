@@ -283,6 +283,28 @@ async def test_a_full_disk_costs_the_output_and_holds_nobody_up(caplog: pytest.L
 
 
 @asynchronous
+async def test_a_log_file_that_is_a_fifo_does_not_hold_up_the_shim(tmp_path: Path) -> None:
+    nobody = Fifo(tmp_path / "out")
+    with pytest.raises(InvalidRequest, match="/out"):
+        await open_output(f"file://{nobody.path}", 0.1)
+    nobody.open_reader()
+    output = await open_output(f"file://{nobody.path}", 1)
+    assert output
+    guest, host = memory.pair()
+    output.start(host)
+    writing = asyncio.create_task(guest.write(bytes(4 << 20)))
+    await asyncio.wait_for(asyncio.sleep(0.05), 0.5)
+    assert not writing.done()
+    assert len(await nobody.read(3 << 20)) == 3 << 20
+    writing.cancel()
+    await asyncio.wait([writing])
+    guest.close()
+    output.close()
+    await output.closed()
+    nobody.close()
+
+
+@asynchronous
 async def test_large_output_to_a_file(tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     output = await open_output(f"file://{tmp_path}/log", 1)
@@ -447,6 +469,18 @@ async def test_stdin_closed_by_the_client_before_the_start(fifo: Fifo) -> None:
     await fifo.write(b"hi")
     fifo.close()
     await until(lambda: ended.count == 2)
+    guest.close()
+    await until(lambda: host.fileno() < 0)
+
+
+@asynchronous
+async def test_stdin_that_is_to_end_before_the_start_ends_though_nobody_ever_wrote(fifo: Fifo) -> None:
+    stdin, ended = Input(fifo.path), Ended()
+    guest, host = memory.pair()
+    stdin.connect(host, ended)
+    stdin.close_writer()
+    stdin.open()
+    await until(lambda: ended.count == 0)
     guest.close()
     await until(lambda: host.fileno() < 0)
 

@@ -13,6 +13,8 @@ from pymicro.shim.output import Output
 from pymicro.shim.splicing import PIPE_SIZE
 
 _POLL = 0.005
+_FILE = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+"""How what is no FIFO is opened. It may be one all the same, or a device, for which no other process must wait."""
 
 
 async def open_output(path: str, timeout: float) -> Output | None:
@@ -28,7 +30,7 @@ async def open_output(path: str, timeout: float) -> Output | None:
         return _open_uri(path)
     try:
         if not stat.S_ISFIFO(os.stat(path).st_mode):
-            return Output(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC), spliceable=False)
+            return Output(os.open(path, _FILE), spliceable=False)
         writer = await _open_fifo_writer(path, timeout)
         keepalive = _open_keepalive(path, os.O_RDONLY, writer)
     except OSError as error:
@@ -47,7 +49,7 @@ def _open_uri(uri: str) -> Output:
     path = unquote(parts.path)
     try:
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, _FILE | os.O_CREAT, 0o644)
     except OSError as error:
         raise InvalidRequest(f"cannot open the log file {path!r}: {error.strerror}") from error
     return Output(fd, spliceable=False)

@@ -19,7 +19,7 @@ class Input:
     def __init__(self, path: str) -> None:
         """Take a FIFO's path. Raises InvalidRequest when there is none."""
         if not os.path.exists(path):
-            raise InvalidRequest(f"there is no FIFO {path!r} to read stdin from")
+            raise InvalidRequest(f"there is no FIFO {path!r} to read stdin from; no other kind of stdin is supported")
         self._path = path
         self._fd = -1
         self._keepalive = -1
@@ -40,11 +40,13 @@ class Input:
             return  # a second attempt to start the process
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            if not self._wants_end:
-                self._keepalive = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            # also for an end that is wanted already: a FIFO that never had a writer has no end
+            self._keepalive = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             self._close_fds()
             raise InvalidRequest(f"cannot open the input {self._path!r}: {error.strerror}") from error
+        if self._wants_end:
+            self.close_writer()
         self._begin()
 
     def _begin(self) -> None:
