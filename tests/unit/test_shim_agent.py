@@ -37,7 +37,7 @@ class Conversation:
 
     async def request(self) -> Json:
         """Return the next request that the client has sent."""
-        return await self.guest.read_message()
+        return await self.guest.read_message(frames.MAX_PAYLOAD)
 
     async def say(self, *answers: object) -> None:
         await self.guest.write(b"".join(frames.encode(answer) for answer in answers))  # type: ignore[arg-type]  # also what makes no sense
@@ -189,10 +189,53 @@ async def test_call_given_up_half_sent_does_not_spoil_the_next(end: str) -> None
         assert await second == {}
 
 
+@asynchronous
+async def test_a_guest_that_talks_without_a_pause_leaves_others_their_turn() -> None:
+    async with conversation() as talk:
+        flood = frames.encode({"event": "invented"}) * 2000
+
+        async def pour() -> None:
+            while True:
+                await talk.guest.write(flood)
+
+        pouring = asyncio.create_task(pour())
+        await asyncio.wait_for(asyncio.sleep(0.05), 0.5)
+        pouring.cancel()
+        await asyncio.wait([pouring])
+
+
+@asynchronous
+async def test_what_was_given_up_is_not_asked_for_when_the_guest_reads_again() -> None:
+    async with conversation() as talk:
+        first = asyncio.create_task(talk.client.call("create", {"spec": "x" * (2 << 20)}))  # fills the connection
+        await turns()
+        with pytest.raises(StepTimeout):
+            await talk.client.call("exec", {"exec": "given up"}, timeout=0.02)
+        wanted = asyncio.create_task(talk.client.call("exec", {"exec": "wanted"}))
+        await turns()
+        assert (await talk.request())["method"] == "create"
+        assert (await talk.request())["params"] == {"exec": "wanted"}
+        for call in (first, wanted):
+            call.cancel()
+        await asyncio.wait([first, wanted])
+
+
+@asynchronous
+async def test_a_guests_long_speech_is_cut() -> None:
+    async with conversation() as talk:
+        call = asyncio.create_task(talk.client.call("start", {}))
+        request = await talk.request()
+        await talk.say({"id": request["id"], "error": {"kind": messages.RUNTIME, "message": "so " * 200_000}})
+        with pytest.raises(GuestError) as caught:
+            await call
+        assert len(str(caught.value)) < 5000
+
+
 GARBAGE = {
     "not JSON": b"\0\0\0\1{",
     "no object": b"\0\0\0\2[]",
     "too large": b"\xff\xff\xff\xff",
+    "larger than a guest's may be": b"\x00\x10\x00\x01",
     "half a frame": b"\0\0\0\5{}",
     "an event without a container": frames.encode({"event": "exit"}),
     "a status that is none": frames.encode(

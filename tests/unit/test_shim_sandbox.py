@@ -1,6 +1,7 @@
 """The life of a pod over a scripted guest: order of events, what clients are told, what is left when things fail."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,26 @@ async def test_exec_keeps_its_own_status_when_the_init_overtakes_it(tmp_path: Pa
 
 
 @asynchronous
+async def test_an_execs_output_is_out_before_its_exit_when_the_init_overtakes_it(tmp_path: Path) -> None:
+    fifo = Fifo(tmp_path / "out")
+    fifo.open_reader()
+    async with pod(tmp_path, settings=settings_with(drain=5)) as p:
+        container = await p.running()
+        await p.add_exec(stdio=StdioPaths("", fifo.path, "", terminal=False))
+        await p.sandbox.start("c1", "e1")
+        await p.guest.write(b"last words", "c1", "e1")
+        await p.guest.exit(7, "c1", "e1")
+        await p.guest.exit(0, "c1")
+        await asyncio.sleep(0.05)
+        assert not [entry for entry in p.log if entry.startswith("exit")], "its client has not read"
+        assert await fifo.read(10) == b"last words"
+        assert (await container.init.wait()).status == 0
+        assert p.log[-2:] == ["exit e1 7", "exit c1 0"]
+        await container.process("e1").close(p.sandbox.streams, 0)
+    fifo.close()
+
+
+@asynchronous
 async def test_exec_whose_client_never_comes_does_not_hold_up_the_init(tmp_path: Path) -> None:
     fifo = Fifo(tmp_path / "out")
     async with pod(tmp_path, settings=settings_with(request=0.3)) as p:
@@ -283,6 +304,21 @@ async def test_death_of_the_vm_ends_every_process_with_137(tmp_path: Path) -> No
         for name in ("c1", "c2"):
             assert (await p.sandbox.delete_container(name)).exit is not None
         assert p.log[-2:] == ["delete c1", "delete c2"]
+
+
+@asynchronous
+async def test_what_a_vm_wrote_before_it_died_is_out_before_the_exit(tmp_path: Path) -> None:
+    fifo = Fifo(tmp_path / "out")
+    fifo.open_reader()
+    async with pod(tmp_path, settings=settings_with(drain=5)) as p:
+        container = await p.running(stdio=StdioPaths("", fifo.path, "", terminal=False))
+        await p.guest.write(b"panic", "c1")
+        p.vm.die(-9)
+        await asyncio.sleep(0.05)
+        assert container.init.status is Status.RUNNING, "its client has not read"
+        assert await fifo.read(5) == b"panic"
+        assert (await container.init.wait()).status == 137
+    fifo.close()
 
 
 @asynchronous
@@ -502,6 +538,40 @@ async def test_cancelled_create_leaves_nothing(tmp_path: Path) -> None:
             assert p.log == []
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("step", ["stdio", "guest"])
+@asynchronous
+async def test_delete_while_it_is_being_created(tmp_path: Path, step: str, *, alone: bool) -> None:
+    """A client that gives up Create deletes at once; what it gave up must not come into being after that."""
+    nobody = Fifo(tmp_path / "out")
+    async with pod(tmp_path) as p:
+        if not alone:
+            await p.running("other")
+        go = asyncio.Event()
+
+        async def slow(params: Json) -> Json:
+            await go.wait()
+            return await p.guest.do_create(params)
+
+        p.guest.answers["create"] = slow
+        stdio = StdioPaths("", nobody.path if step == "stdio" else "", "", terminal=False)
+        creating = asyncio.create_task(p.create("c1", stdio))
+        await until(lambda: step == "stdio" or ("create" in p.guest.methods()[1 if alone else 3 :]))
+        await turns()
+        with pytest.raises(NotFound):
+            await p.sandbox.delete_container("c1")
+        go.set()
+        with pytest.raises(NotFound, match="'c1' was deleted while it was created"):
+            await creating
+        assert not [entry for entry in p.log if entry.endswith("c1")]
+        assert len(p.host.anchors) == (0 if alone else 1)
+        if alone:
+            await until(lambda: p.hypervisor.running == 0)
+        else:
+            await p.sandbox.container("other").kill("", 9, everything=False)
+    nobody.close()
+
+
 @asynchronous
 async def test_same_id_twice(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
@@ -704,8 +774,6 @@ async def test_start_needs_a_created_process(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         container = await p.create()
         await p.add_exec()
-        with pytest.raises(WrongState):
-            await p.sandbox.start("c1", "e1")
         await p.sandbox.start("c1", "")
         with pytest.raises(WrongState, match="task 'c1' is running, not created"):
             await p.sandbox.start("c1", "")
@@ -802,6 +870,58 @@ async def test_sigkill_ends_a_guest_that_does_not_answer(tmp_path: Path) -> None
         await container.kill("", 9, everything=True)
         assert (await container.init.wait()).status == 137
         assert p.hypervisor.running == 0
+
+
+@pytest.mark.parametrize("answer", [None, messages.WRONG_STATE, messages.NOT_FOUND])
+@asynchronous
+async def test_sigkill_ends_a_guest_that_takes_it_and_does_not_obey(tmp_path: Path, answer: str | None) -> None:
+    async with pod(tmp_path, settings=settings_with(request=0.1, drain=0.1)) as p:
+        container = await p.running()
+
+        async def pretends(_params: Json) -> None:
+            if answer:
+                raise Refused(answer, "it has ended, believe me")
+
+        p.guest.answers["signal"] = pretends
+        with suppress(NotFound):
+            await container.kill("", 9, everything=False)
+        assert (await container.init.wait()).status == 137
+        assert p.hypervisor.running == 0
+
+
+@asynchronous
+async def test_an_exec_that_the_guest_does_not_let_go_keeps_nothing(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        await p.add_exec()
+        await p.sandbox.start("c1", "e1")
+
+        async def refuses(_params: Json) -> None:
+            raise Refused(messages.INTERNAL, "no")
+
+        p.guest.answers["delete"] = refuses
+        await p.guest.exit(0, "c1", "e1")
+        await p.guest.exit(0, "c1")
+        await container.init.wait()
+        await p.sandbox.delete_container("c1")
+        assert p.log[-1] == "delete c1"
+        await until(lambda: p.host.nothing_left)
+
+
+@asynchronous
+async def test_an_exec_of_a_container_that_is_never_started(tmp_path: Path) -> None:
+    fifo = Fifo(tmp_path / "out")
+    fifo.open_reader()
+    async with pod(tmp_path) as p:
+        await p.create()
+        await p.add_exec(stdio=StdioPaths("", fifo.path, "", terminal=False))
+        await p.sandbox.start("c1", "e1")
+        await p.guest.write(b"hello", "c1", "e1")
+        assert await fifo.read(5) == b"hello"
+        await p.sandbox.delete_container("c1")
+        assert p.log == ["create c1", "execadded e1", "execstarted e1", "exit e1 137", "delete c1"]
+        assert await fifo.read_to_end() == b""
+    fifo.close()
 
 
 @asynchronous
@@ -951,8 +1071,19 @@ async def test_resize_without_a_terminal_does_nothing(tmp_path: Path) -> None:
         assert "resize" not in p.guest.methods()
         await p.guest.exit(0, "c1")
         await container.init.wait()
+        await container.resize("", 80, 25)  # it was quicker than its client, which is no error
+
+
+@asynchronous
+async def test_resize_of_an_exec_that_has_stopped(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        await p.add_exec()
+        await p.sandbox.start("c1", "e1")
+        await p.guest.exit(0, "c1", "e1")
+        await container.process("e1").wait()
         with pytest.raises(WrongState):
-            await container.resize("", 80, 25)
+            await container.resize("e1", 80, 25)
 
 
 @asynchronous

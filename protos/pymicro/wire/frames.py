@@ -11,6 +11,12 @@ MAX_PAYLOAD = 16 * 1024 * 1024
 """Largest payload in bytes. An OCI spec with a long seccomp profile takes some 100 KiB; this leaves ample room."""
 
 
+MAX_FROM_GUEST = 1024 * 1024
+"""Largest payload that the host takes from a guest: the pids of a container that has 100,000 processes."""
+MAX_HELLO = 4096
+"""Largest payload of a connection's first message, whoever it is that connects."""
+
+
 class FrameError(ValueError):
     """A frame that cannot be decoded: too large, not UTF-8, not JSON, or not a JSON object."""
 
@@ -55,14 +61,14 @@ def encode(message: "dict[str, object]") -> bytes:
     return len(payload).to_bytes(PREFIX_SIZE, "big") + payload
 
 
-def payload_size(prefix: bytes) -> int:
+def payload_size(prefix: bytes, most: int = MAX_PAYLOAD) -> int:
     """Return the payload length in bytes that a frame's first PREFIX_SIZE bytes announce.
 
-    Raises FrameError when it exceeds MAX_PAYLOAD, so that a peer cannot make us buffer more.
+    Raises FrameError when it exceeds `most`, so that a peer cannot make us buffer more.
     """
     size = int.from_bytes(prefix, "big")
-    if len(prefix) != PREFIX_SIZE or size > MAX_PAYLOAD:
-        raise FrameError(f"a frame announces {size} bytes, more than the limit of {MAX_PAYLOAD}")
+    if len(prefix) != PREFIX_SIZE or size > most:
+        raise FrameError(f"a frame announces {size} bytes, more than the limit of {most}")
     return size
 
 

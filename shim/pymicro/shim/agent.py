@@ -32,6 +32,8 @@ ERRORS: dict[str, type[ShimError]] = {
     messages.WRONG_STATE: WrongState,
 }
 """What the agent's error kinds become; any other kind is a GuestError."""
+_WORDS = 4096
+"""Characters of the guest's error messages that are passed on."""
 
 
 class AgentClient:
@@ -41,12 +43,12 @@ class AgentClient:
         """Take a control connection whose hello has been read; `timeout` (seconds) bounds each call."""
         self._channel = channel
         self._on_event = on_event
-        self._timeout = timeout
+        self.timeout = timeout
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_id = 0
         self.ended: SandboxDied | None = None
         """Why the connection has ended, once it has."""
-        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._reader = asyncio.create_task(self._read(), name="agent-reader")
 
     def __repr__(self) -> str:
@@ -63,10 +65,10 @@ class AgentClient:
         call_id = self._last_id
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._pending[call_id] = future
-        limit = timeout or self._timeout
+        limit = timeout or self.timeout
         try:
             request = {"id": call_id, "now_ns": time.time_ns(), "method": method, "params": params}
-            self._outgoing.put_nowait(frames.encode(request))
+            self._outgoing.put_nowait((call_id, frames.encode(request)))
             async with asyncio.timeout(limit):
                 return await future
         except TimeoutError:
@@ -112,7 +114,9 @@ class AgentClient:
         """
         try:
             while True:
-                await self._channel.write(await self._outgoing.get())
+                call_id, frame = await self._outgoing.get()
+                if call_id in self._pending:  # a guest that has not read for a while is not to do what was given up
+                    await self._channel.write(frame)
         except OSError as error:
             logger.debug("cannot write to the guest's agent: %s", error)
             with suppress(OSError):
@@ -132,6 +136,6 @@ class AgentClient:
         if future is None or future.done():
             logger.debug("the agent answered a call that nobody waits for any more: %s", reply.id)
         elif reply.error is not None:
-            future.set_exception(ERRORS.get(reply.error.kind, GuestError)(reply.error.message))
+            future.set_exception(ERRORS.get(reply.error.kind, GuestError)(reply.error.message[:_WORDS]))
         else:
             future.set_result(reply.result or {})

@@ -219,7 +219,7 @@ class Greeter:
     async def _greet(self, channel: Channel) -> None:
         try:
             async with asyncio.timeout(_GREETING_LIMIT):
-                hello = await channel.read_message()
+                hello = await channel.read_message(frames.MAX_HELLO)
         except (OSError, frames.FrameError, TimeoutError) as error:
             self._warn("a connection from the guest said nothing sensible: %s", error)
             channel.close()

@@ -54,6 +54,7 @@ class Container:
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
+    _dying: bool = False
     _freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -113,7 +114,7 @@ class Container:
 
     async def _start_exec(self, process: Process) -> None:
         try:
-            self.init.require(Status.RUNNING)
+            self.init.require(Status.CREATED, Status.RUNNING)
             agent = await self.pod.agent()
             tokens = await self.pod.open_stdio(process)
             process.open_stdin()
@@ -155,13 +156,16 @@ class Container:
         await process.drain(event, self.pod.drain_limit)
         if process is self.init:
             for other in list(self.execs.values()):  # clients may add and delete some meanwhile
-                await self._report_exit(other, KILLED)
+                if other.guest_status is None:
+                    await self._report_exit(other, KILLED)
+                else:
+                    await other.wait()  # its own last output is on the way
         await self._report_exit(process, event.status)
 
     async def lost(self) -> None:
-        """The VM is gone, and every process of the container with it."""
+        """The VM is gone, and every process of the container with it. What they wrote arrives before their exits."""
+        await asyncio.gather(*(process.guest_gone(self.pod.drain_limit) for process in self.processes))
         for process in self.processes:
-            process.guest_gone()
             await self._report_exit(process, KILLED)
 
     async def _report_exit(self, process: Process, status: int) -> None:
@@ -198,14 +202,29 @@ class Container:
             logger.debug("%r: no signal %d: %s", process, number, error)
 
     async def _signal(self, agent: AgentClient, params: dict[str, Any]) -> None:
-        """Have the guest send a signal. A guest that does not even take a SIGKILL for its container loses its VM."""
+        """Have the guest send a signal. A guest that does not take a SIGKILL for its container, or says that it did and
+        tells of no exit, loses its VM.
+        """
+        deadly = params["signal"] == signal.SIGKILL and not params["exec"]
+        if deadly and not self._dying:
+            self._dying = True
+            self.pod.spawn(self._must_end(agent))
         try:
             await agent.call("signal", params)
         except StepTimeout as error:
-            if params["signal"] != signal.SIGKILL or params["exec"]:
+            if not deadly:
                 raise
             logger.error("%s hangs, its VM is ended: %s", self.id, error)  # noqa: TRY400  # the message says it all
             await agent.close()
+
+    async def _must_end(self, agent: AgentClient) -> None:
+        """End the VM unless the guest tells of the init's exit in the time that it has for an answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(agent.timeout + self.pod.drain_limit):
+                await self.init.wait()
+                return
+        logger.error("%s was killed %g s ago and has not ended, its VM is ended", self.id, agent.timeout)
+        await agent.close()
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""
@@ -236,10 +255,14 @@ class Container:
         return [ProcessInfo(self.anchor.pid), *others]
 
     async def resize(self, exec_id: str, width: int, height: int) -> None:
-        """Set a terminal's size; without a terminal nothing happens. Raises WrongState for a stopped process."""
+        """Set a terminal's size; without a terminal nothing happens, nor to an init that has stopped: clients resize
+        right after Start, and it may have been quick. Raises WrongState for a stopped exec.
+        """
         process = self.process(exec_id)
-        process.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
-        if process.paths.terminal and (process is self.init or process.status is Status.RUNNING):
+        if exec_id:
+            process.require(Status.CREATED, Status.RUNNING)
+        running = process.status is Status.RUNNING or (process is self.init and process.status is not Status.STOPPED)
+        if process.paths.terminal and running:
             await (await self.pod.agent()).call("resize", {**process.guest_id, "width": width, "height": height})
 
     async def update(self, resources: dict[str, Any]) -> None:
@@ -262,7 +285,7 @@ class Container:
         started = process.pid != 0
         await process.close(self.pod.streams, IO_LIMIT if started else 0)
         if started:
-            with suppress(SandboxDied, NotFound, StepTimeout):
+            with suppress(ShimError):  # the guest forgets it with its container, at the latest
                 await (await self.pod.agent()).call("delete", {"container": self.id, "exec": exec_id})
         process.ended(0)
         self.execs.pop(exec_id, None)
@@ -282,10 +305,15 @@ class Container:
         for exec_id in list(self.execs):
             with suppress(NotFound, WrongState):
                 await self.delete_exec(exec_id)
-        await self.init.close(self.pod.streams, 0 if created else IO_LIMIT)
+        try:
+            await self.init.close(self.pod.streams, 0 if created else IO_LIMIT)
+        finally:  # a full disk that has no room for the record must not keep the rest
+            await self.resources.aclose()
         self.init.ended(0)
+        for process in list(self.execs.values()):  # those of a container that was never started ran until now
+            await self._report_exit(process, KILLED)
+            await process.close(self.pod.streams, 0)
         deleted = Deleted(self.init.pid or self.anchor.pid, self.init.exit if not created else None)
-        await self.resources.aclose()
         self.pod.events.deleted(self.id, deleted.pid, deleted.exit)
         return deleted
 

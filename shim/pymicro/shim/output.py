@@ -145,6 +145,7 @@ class Output:
                     break
                 self.relayed += moved
                 self._progress.set()
+                await asyncio.sleep(0)  # a guest that writes without a pause is not to keep the loop for itself
         except OSError as error:
             logger.warning("an output stream broke after %d bytes: %s", self.relayed, error)
 

@@ -47,6 +47,7 @@ class Process:
         """The exit status that the guest reported, kept while its last output is on the way."""
         self._exited = asyncio.Event()
         self._stdio: Stdio | None = None
+        self._stdin_closed = False
         self._tokens: dict[str, str | None] = {}
 
     def __repr__(self) -> str:
@@ -63,6 +64,8 @@ class Process:
         """Open the client's side and return the tokens for the guest's. Raises as Stdio.open()."""
         owner = LogOwner(self.exec_id or self.container_id, record.facts["namespace"], record)
         stdio = self._stdio = await Stdio.open(self.paths, timeout, owner)
+        if self._stdin_closed:
+            self.close_stdin_writer()
 
         def take_stdin(channel: Channel) -> None:
             assert stdio.stdin is not None
@@ -95,7 +98,8 @@ class Process:
             output.end_at(count)
 
     def close_stdin_writer(self) -> None:
-        """Close the shim's own writer of stdin's FIFO."""
+        """Close the shim's own writer of stdin's FIFO, also before there is one."""
+        self._stdin_closed = True
         if self._stdio and self._stdio.stdin:
             self._stdio.stdin.close_writer()
 
@@ -104,10 +108,10 @@ class Process:
         if self._stdio is not None:
             await self._stdio.drain(exited.stdout, exited.stderr, limit)
 
-    def guest_gone(self) -> None:
-        """The VM is gone: no stream of this process will be opened any more."""
+    async def guest_gone(self, limit: float) -> None:
+        """The VM is gone: bring what is left of the outputs to the client, in at most `limit` seconds."""
         if self._stdio is not None:
-            self._stdio.expect_no_streams()
+            await self._stdio.drain_rest(limit)
 
     def forget_failure(self) -> None:
         """Forget an earlier attempt to start it that failed."""

@@ -51,7 +51,7 @@ class Sandbox:
         self.streams = Streams()
         self.drain_limit = settings.timeouts.drain
         self.containers: dict[str, Container] = {}
-        self._creating: set[str] = set()
+        self._creating: dict[str, asyncio.Task[Container]] = {}
         self._folders = itertools.count(1)
         self._timeline = timeline
         self._timelines: dict[str, Timeline] = {}
@@ -125,8 +125,7 @@ class Sandbox:
             if not self._agent.done():
                 self._agent.set_exception(reason)
                 self._agent.exception()  # it may be that nobody asks
-        for container in list(self.containers.values()):
-            await container.lost()
+        await asyncio.gather(*(container.lost() for container in self.containers.values()))
 
     async def _run(self, booted: Booted, bundle: Bundle) -> SandboxDied:
         """Take the VM into use; return why it is dead."""
@@ -202,20 +201,17 @@ class Sandbox:
         """
         if request.id in self.containers or request.id in self._creating:
             raise AlreadyExists(f"container {request.id!r} exists already")
-        begun = time.monotonic_ns()
-        bundle = Bundle.load(request.bundle)
-        self._creating.add(request.id)
-        stack = AsyncExitStack()
+        creation = asyncio.create_task(self._create(request, time.monotonic_ns()), name=f"create {request.id}")
+        self._creating[request.id] = creation
+        creation.add_done_callback(lambda _: self._creating.pop(request.id))
         try:
-            return await self._create(request, bundle, stack, begun)
+            return await creation
         except SandboxDied as error:
-            await stack.aclose()
             raise await self._cause(error) from error
-        except BaseException:
-            await stack.aclose()
+        except asyncio.CancelledError:
+            if creation.cancelled() and (task := asyncio.current_task()) and not task.cancelling():
+                raise NotFound(f"container {request.id!r} was deleted while it was created") from None
             raise
-        finally:
-            self._creating.discard(request.id)
 
     async def _cause(self, error: SandboxDied) -> SandboxDied:
         """Return why the VM died, which is known a moment after the agent's connection has broken; else `error`."""
@@ -224,7 +220,15 @@ class Sandbox:
                 await self._died.wait()
         return self._death or error
 
-    async def _create(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
+    async def _create(self, request: CreateContainer, begun: int) -> Container:
+        stack = AsyncExitStack()
+        try:
+            return await self._build(request, Bundle.load(request.bundle), stack, begun)
+        except BaseException:
+            await stack.aclose()
+            raise
+
+    async def _build(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
         number = next(self._folders)
         folder = f"{number}-{request.id}"
@@ -323,7 +327,7 @@ class Sandbox:
             await asyncio.sleep(_POLL)
 
     async def _delete_in_guest(self, container_id: str) -> None:
-        if self.containers.keys() == {container_id} and not self._creating:  # its VM ends with it, quicker than crun
+        if {*self.containers, *self._creating} <= {container_id}:  # its VM ends with it, quicker than crun
             return
         with suppress(SandboxDied, NotFound, StepTimeout, GuestError):
             await (await self.agent()).call("delete", {"container": container_id})
@@ -342,14 +346,24 @@ class Sandbox:
         return pid
 
     async def delete_container(self, container_id: str) -> Deleted:
-        """Free a container; the VM begins to go down with the last one."""
+        """Free a container; the VM begins to go down with the last one. One that is being created is given up, which
+        is NotFound: a client that did not wait for Create's answer asks for that (shim contract, Create).
+        """
+        if creation := self._creating.get(container_id):
+            creation.cancel()
+            await asyncio.wait([creation])
+            self._end_if_idle()
         container = self.container(container_id)
-        deleted = await container.delete()
-        self.containers.pop(container_id, None)
-        self._note()
+        try:
+            return await container.delete()
+        finally:
+            if container_id not in self.containers:
+                self._note()
+                self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
         if self.idle:
             self._end()
-        return deleted
 
     def _end(self) -> None:
         """Begin to take the VM down; a second call must not disturb the first."""
@@ -360,7 +374,9 @@ class Sandbox:
     async def stop(self) -> None:
         """Take the VM down and free everything. Idempotent."""
         self._end()
-        await asyncio.wait([self._life])
+        for creation in self._creating.values():
+            creation.cancel()
+        await asyncio.wait([self._life, *self._creating.values()])
         while self._tasks:
             await asyncio.wait(self._tasks)
         for container in list(self.containers.values()):

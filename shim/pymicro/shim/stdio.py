@@ -69,8 +69,18 @@ class Stdio:
                     if output is not None:
                         await output.closed()
 
+    async def drain_rest(self, limit: float) -> None:
+        """The guest is gone: wait until the client has read what is on the way, at most `limit` seconds."""
+        self.expect_no_streams()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                for output in (self.stdout, self.stderr):
+                    if output is not None:
+                        await output.closed()
+                        await output.taken()
+
     def expect_no_streams(self) -> None:
-        """The guest is gone: outputs that it has not connected yet end now, so that nobody waits for them."""
+        """Outputs that the guest has not connected yet end now, so that nobody waits for them."""
         for output in (self.stdout, self.stderr):
             if output is not None:
                 output.expect_no_stream()

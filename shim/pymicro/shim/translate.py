@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pymicro.protos import process_pb2, runc_pb2, task_pb2
 from pymicro.shim.container import Container
-from pymicro.shim.errors import InvalidRequest
+from pymicro.shim.errors import InvalidRequest, Unsupported
 from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted, ExecProcess, Exit, Mount, ProcessInfo, StdioPaths
 
@@ -28,7 +28,9 @@ def pack(message: Message) -> AnyMessage:
 
 
 def create_request(request: task_pb2.CreateTaskRequest) -> CreateContainer:
-    """Return a Create request as data."""
+    """Return a Create request as data. Raises Unsupported for a container that goes on from a checkpoint."""
+    if checkpoint := request.checkpoint or request.parent_checkpoint:
+        raise Unsupported(f"{request.id!r} cannot go on from the checkpoint {checkpoint!r}: a microVM restores none")
     return CreateContainer(
         id=request.id,
         bundle=request.bundle,

@@ -40,10 +40,14 @@ class Channel:
             filled += count
         return bytes(data)
 
-    async def read_message(self) -> dict[str, object]:
-        """Return the next frame's message. Raises ChannelClosed, frames.FrameError, OSError."""
+    async def read_message(self, most: int = frames.MAX_FROM_GUEST) -> dict[str, object]:
+        """Return the next frame's message, of `most` bytes at most. Raises ChannelClosed, frames.FrameError, OSError.
+
+        Others have their turn first: a peer that writes without a pause is not to keep the loop for itself.
+        """
+        await asyncio.sleep(0)
         prefix = await self.read_exactly(frames.PREFIX_SIZE)
-        return frames.decode(await self.read_exactly(frames.payload_size(prefix)))
+        return frames.decode(await self.read_exactly(frames.payload_size(prefix, most)))
 
     async def write(self, data: bytes) -> None:
         """Send all of `data`. Raises OSError."""

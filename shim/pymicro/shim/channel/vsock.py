@@ -54,6 +54,7 @@ class VsockListener:
             if cid == self.cid:
                 return Channel(connected)
             connected.close()
+            await asyncio.sleep(0)  # strangers may queue without a pause
 
     def close(self) -> None:
         """Stop listening and free the CID; idempotent."""
