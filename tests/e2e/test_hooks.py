@@ -42,6 +42,10 @@ class Hooked:
 
     def run(self, *command: str, hooks: dict[str, list[Hook]], detach: bool = False) -> Completed:
         """Run a container, `ctr run --rm`, unless it is to be detached."""
+        return self.ctr(*self.arguments(*command, hooks=hooks, detach=detach), check=False)
+
+    def arguments(self, *command: str, hooks: dict[str, list[Hook]], detach: bool = False) -> list[str]:
+        """Return what `ctr` is to be called with."""
         container_id = self.ctr.new_id()
         spec = json.loads(self.ctr("oci", "spec").stdout)
         spec["root"] = {"path": str(self.root)}
@@ -51,7 +55,7 @@ class Hooked:
         file = self.directory / "spec.json"
         file.write_text(json.dumps(spec))
         how = ("--detach", "--null-io") if detach else ("--rm",)
-        return self.ctr("run", *how, "--runtime", self.ctr.runtime, "--config", str(file), container_id, check=False)
+        return ["run", *how, "--runtime", self.ctr.runtime, "--config", str(file), container_id]
 
     @property
     def notes(self) -> list[list[str]]:
@@ -113,6 +117,21 @@ def test_a_hook_that_hangs_is_killed_when_its_time_is_over(hooked: Hooked, lefto
 
 
 @pytest.mark.usefixtures("only_our_runtime")
+def test_a_client_that_goes_away_while_a_hook_runs_leaves_nothing(hooked: Hooked, leftovers: Leftovers) -> None:
+    """What the hook has taken, as an address for a network, is given back when it has ended, not before."""
+    slow = hooked.hook("createRuntime", f"sleep 3; echo 'survived - - -' >> {hooked.directory}/notes")
+    hooks = {"createRuntime": [slow], "poststop": [hooked.hook("poststop")]}
+    client = hooked.ctr.client(*hooked.arguments("true", hooks=hooks))
+    eventually(lambda: hooked.kinds == ["createRuntime"], "the hook runs", 20)
+
+    client.kill()
+
+    eventually(lambda: "poststop" in hooked.kinds, "the poststop hook runs", 20)
+    leftovers.check()
+    time.sleep(seconds(3.5))
+    assert hooked.kinds == ["createRuntime", "poststop"], "the hook goes on after all is freed"
+
+
 def test_a_poststart_hook_that_fails_ends_the_container(hooked: Hooked, leftovers: Leftovers) -> None:
     failing = hooked.hook("poststart", "echo too late >&2; exit 6")
     begun = time.monotonic()
