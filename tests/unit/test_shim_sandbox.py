@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from pymicro.shim import cgroup, sandbox, state
+from pymicro.shim import container as container_module
 from pymicro.shim.errors import (
     AlreadyExists,
     GuestError,
@@ -808,6 +809,27 @@ async def test_exec_ids_are_unique(tmp_path: Path) -> None:
             await p.add_exec()
         await container.delete_exec("e1")
         await p.add_exec()
+
+
+@asynchronous
+async def test_delete_waits_only_so_long_for_an_output_that_a_child_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container_module, "IO_LIMIT", 0.1)
+    fifo = Fifo(tmp_path / "out")
+    fifo.open_reader()
+    async with pod(tmp_path) as p:
+        container = await p.running(stdio=StdioPaths("", fifo.path, "", terminal=False))
+        await p.guest.write(b"hello", "c1")
+        assert await fifo.read(5) == b"hello"
+        await p.guest.exit(0, "c1", ends=False)
+        await container.init.wait()
+        deleting = asyncio.create_task(p.sandbox.delete_container("c1"))
+        await asyncio.sleep(0.05)
+        assert not deleting.done(), "the child may still write"
+        await asyncio.wait_for(deleting, 1)
+        assert await fifo.read_to_end() == b""
+    fifo.close()
 
 
 @asynchronous

@@ -123,6 +123,18 @@ async def test_life_of_a_task(tmp_path: Path, version: str) -> None:
 
 
 @asynchronous
+async def test_state_tells_the_stdio_that_create_named(tmp_path: Path) -> None:
+    async with shim(tmp_path) as (p, containerd, _):
+        log = f"file://{tmp_path}/log"
+        bundle = p.bundle("c1", process={"args": ["sh"], "cwd": "/", "terminal": True})
+        request = task_pb2.CreateTaskRequest(id="c1", bundle=bundle, stdout=log, stderr=log, terminal=True)
+        request.rootfs.add(type="bind", source="/somewhere")
+        await containerd.call("Create", request, task_pb2.CreateTaskResponse)
+        state = await containerd.state()
+        assert (state.stdin, state.stdout, state.stderr, state.terminal) == ("", log, log, True)
+
+
+@asynchronous
 async def test_life_of_an_exec(tmp_path: Path) -> None:
     async with shim(tmp_path) as (p, containerd, _):
         await containerd.create(p)
