@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pymicro.shim import anchor, netns
+from pymicro.shim import anchor, helper, netns
 from pymicro.shim.errors import HostMissing, InvalidRequest, ShimError
 from pymicro.shim.helper import KEPT_LINES, Helper, LogTail, watched
 from pymicro.shim.spawn import LONGEST_LINE, Place, spawn
@@ -181,6 +181,23 @@ async def test_watched_helper_ends_with_its_watch(place: Place) -> None:
         child.end()  # it is not the child's any more
         assert helper.running
     assert not alive(child.pid)
+
+
+@asynchronous
+async def test_a_helper_that_sigkill_does_not_end_is_left_and_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As virtiofsd while it waits for a disk: who waits for the end of the watch reports the pod's exits."""
+    monkeypatch.setattr(helper, "DEATH_LIMIT", 0.05)
+    child = spawn("virtiofsd", ["/bin/sleep", "60"], place)
+    with monkeypatch.context() as patch:
+        patch.setattr(Helper, "send_signal", lambda *_: None)
+        async with asyncio.timeout(2), watched(child) as process:
+            pass
+    assert process.running
+    assert caplog.messages == [f"virtiofsd (pid {child.pid}) lives on 0.05 s after SIGKILL; it is left"]
+    await process.kill()
+    assert await process.wait() == -signal.SIGKILL, "it is reaped when it ends after all"
 
 
 # --- network namespaces

@@ -16,6 +16,8 @@ from pymicro.shim.spawn import LONGEST_LINE, Child, readable
 logger = logging.getLogger(__name__)
 
 KEPT_LINES = 80
+DEATH_LIMIT = 5.0
+"""Seconds that a killed helper is waited for: one that waits in the kernel, for a disk say, lives on."""
 _READ_SIZE = 64 * 1024
 
 
@@ -128,9 +130,13 @@ class Helper:
                 os.kill(self.pid, number)
 
     async def kill(self) -> None:
-        """End it for certain and reap it."""
+        """End it and reap it. If not even SIGKILL ends it in DEATH_LIMIT seconds it is left, and reaped when it does
+        end: the pod's exits are to be reported all the same.
+        """
         self.send_signal(signal.SIGKILL)
-        await self.wait()
+        await asyncio.wait([self._exit], timeout=DEATH_LIMIT)
+        if self.running:
+            logger.error("%s (pid %d) lives on %g s after SIGKILL; it is left", self.name, self.pid, DEATH_LIMIT)
 
 
 @asynccontextmanager
