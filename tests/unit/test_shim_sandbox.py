@@ -1176,6 +1176,21 @@ async def test_record_names_what_delete_has_to_free(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_record_forgets_the_cgroups_of_containers_that_are_gone(tmp_path: Path) -> None:
+    """A pod may live for months, and its containers come and go."""
+    async with pod(tmp_path) as p:
+        await p.running("c1")
+        before = record(p)["container_cgroups"]
+        await p.create("c2")
+        await p.sandbox.delete_container("c2")
+        assert record(p)["container_cgroups"] == before
+        p.host.fail = "anchor.start"
+        with pytest.raises(InvalidRequest, match="was made to fail"):
+            await p.create("c3")
+        assert record(p)["container_cgroups"] == before
+
+
+@asynchronous
 async def test_cgroups_are_recorded_before_they_exist(tmp_path: Path) -> None:
     seen: list[bool] = []
 

@@ -292,10 +292,16 @@ class Sandbox:
     def _make_cgroup(self, container_id: str, bundle: Bundle, stack: AsyncExitStack) -> tuple[str, ...]:
         groups = cgroup.directories(cgroup.relative_path(bundle.cgroups_path, f"pymicro/{container_id}"))
         self._note(container_cgroups=sorted({*self._record.facts.get("container_cgroups", ()), *groups}))
-        stack.callback(cgroup.remove, groups)
+        stack.callback(self._remove_cgroup, groups)
         cgroup.create(groups)
         cgroup.write_limits(groups, bundle.resources)
         return groups
+
+    def _remove_cgroup(self, groups: tuple[str, ...]) -> None:
+        cgroup.remove(groups)
+        recorded = self._record.facts["container_cgroups"]
+        with suppress(OSError):  # the record says too much then, which harms nobody
+            self._note(container_cgroups=[each for each in recorded if each not in groups or os.path.exists(each)])
 
     def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
         """Mount the container's root and binds into `own`, its part of the share; return where the root is."""
