@@ -1,6 +1,7 @@
 """The guard: what a killed daemon leaves is freed, what ends by itself is not touched, and waiting costs little."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,27 +18,35 @@ directory = sys.argv[1]
 ended, end = os.pipe()
 daemon = os.fork()
 if daemon == 0:
-    state.write(directory, {"shim_pid": os.getpid(), "start_pid": 7})
+    state.write(directory, {"shim_pid": os.getpid()})
     os.read(0, 1)
     os.write(end, guard.GOOD_END)
     os._exit(0)
 print(daemon, flush=True)
-guard.become_guard(ended, directory, daemon, int(sys.argv[2]))
+guard.become_guard(ended, directory, daemon)
 """
 
 
 class Guarded:
     """A daemon that lives until it is told to end, and its guard."""
 
-    def __init__(self, directory: Path, start_pid: int = 7) -> None:
+    def __init__(self, directory: Path) -> None:
         directory.mkdir()
         self.directory = directory
-        words = [sys.executable, "-c", START, str(directory), str(start_pid)]
+        words = [sys.executable, "-c", START, str(directory)]
         self.guard = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.guard.stdout
         self.daemon = int(self.guard.stdout.readline())
         deadline = time.monotonic() + 5
         while not state.read(str(directory)):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def wait_for_shell(self) -> None:
+        """Return when the guard is what it is to be."""
+        command = Path(f"/proc/{self.guard.pid}/cmdline")
+        deadline = time.monotonic() + 5
+        while not command.read_bytes().startswith(b"pymicro-guard"):
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
@@ -62,22 +71,22 @@ def test_a_daemon_that_ends_by_itself_is_believed(tmp_path: Path) -> None:
     assert guarded.directory.exists()
 
 
-@pytest.mark.parametrize("record", [{"shim_pid": 1}, {"start_pid": 8}])
-def test_what_is_anothers_by_now_is_left(tmp_path: Path, record: dict[str, int]) -> None:
+@pytest.mark.parametrize("record", [{}, {"shim_pid": 1}], ids=["not yet written", "written"])
+def test_a_new_sandbox_of_the_same_name_is_left(tmp_path: Path, record: dict[str, int]) -> None:
+    """`delete` has freed the old one by now."""
     guarded = Guarded(tmp_path / "run")
-    own = {"shim_pid": guarded.daemon, "start_pid": 7}
-    state.write(str(guarded.directory), {**own, **record})
+    guarded.wait_for_shell()
+    shutil.rmtree(guarded.directory)
+    guarded.directory.mkdir()
+    if record:
+        state.write(str(guarded.directory), record)
     guarded.kill_daemon()
     assert guarded.directory.exists()
 
 
 def test_waiting_takes_less_than_a_megabyte(tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "run")
-    command = Path(f"/proc/{guarded.guard.pid}/cmdline")
-    deadline = time.monotonic() + 5
-    while not command.read_bytes().startswith(b"pymicro-guard"):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    guarded.wait_for_shell()
     time.sleep(0.05)
     rollup = Path(f"/proc/{guarded.guard.pid}/smaps_rollup").read_text(encoding="ascii")
     private = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private"))
@@ -85,4 +94,4 @@ def test_waiting_takes_less_than_a_megabyte(tmp_path: Path) -> None:
     opened = {os.readlink(fds / fd).partition(":")[0] for fd in os.listdir(fds)}
     guarded.end_daemon()
     assert private < 1024, "kB"
-    assert opened == {"/dev/null", "pipe"}, "its pipe, and nothing of the daemon's"
+    assert opened == {"/dev/null", "pipe", str(guarded.directory)}, "and nothing of the daemon's"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -19,7 +20,7 @@ from tests.framework.fakes import needs_root
 ADDRESS, NAMESPACE = "/run/containerd.sock", "ns"
 
 # A guard and the daemon that is its child, as `become_guard` makes them; its stdin stands for the daemon's pipe.
-GUARD = 'sleep 1000 & d=$!; exec -a pymicro-guard /bin/sh -c "read -r end" pymicro-guard python -m x "$0" $d 7 "$1"'
+GUARD = 'sleep 1000 & d=$!; exec -a pymicro-guard /bin/sh -c "read -r end" pymicro-guard python -m x "$0" $d "$1"'
 
 
 def alive(pid: int) -> bool:
@@ -155,7 +156,7 @@ def test_the_search_is_for_lost_records_alone(sandbox: Lost, monkeypatch: pytest
 def test_a_record_that_the_daemon_has_not_added_to_is_half(sandbox: Lost) -> None:
     """`start` writes who the sandbox is, the daemon who it is itself."""
     daemon = sandbox.guarded()
-    state.write(str(sandbox.run), {"namespace": "ns", "sandbox": "c1", "socket": "/kept", "start_pid": 7})
+    state.write(str(sandbox.run), {"namespace": "ns", "sandbox": "c1", "socket": "/kept"})
     found = freeing.recorded(str(sandbox.run))
     assert (found["shim_pid"], found["socket"]) == (daemon, "/kept")
 
@@ -182,8 +183,29 @@ def test_guards_of_other_sandboxes_are_left_alone(sandbox: Lost) -> None:
 
 
 def test_the_guard_itself_finds_a_lost_record(sandbox: Lost) -> None:
-    guard.free_after(str(sandbox.run), 4194304, 7, str(sandbox.bundle))
+    held = freeing.hold(str(sandbox.run))
+    guard.free_after(held, str(sandbox.run), 4194304, str(sandbox.bundle))
+    os.close(held)
     assert not sandbox.run.exists()
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["the old one is there first", "nothing is there first"])
+def test_delete_that_comes_late_leaves_a_new_sandbox_alone(
+    sandbox: Lost, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """Before its child begins, somebody else has freed the old one, and the new one has no record yet."""
+    if not left:
+        shutil.rmtree(sandbox.run)
+
+    def meanwhile() -> None:  # what the child does first
+        shutil.rmtree(sandbox.run, ignore_errors=True)
+        sandbox.folder()
+
+    monkeypatch.setattr(os, "setsid", meanwhile)
+    daemon = sandbox.guarded()
+    assert sandbox.delete(capfd).exit_status == 137
+    assert alive(daemon)
+    assert sandbox.run.exists()
 
 
 # --- the parts

@@ -43,11 +43,16 @@ def delete(arguments: Arguments, age: float = 0.0) -> None:
 
     Raises SystemExit where the child has failed; it has said why on stderr.
     """
+    sandbox_id = _sandbox_id(arguments)
+    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    held = freeing.hold(directory)  # now: a child that is late must not take a new sandbox of this name for the old
     said, say = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _free_alone(arguments, say)
-    os.close(say)
+        _free_alone(arguments, sandbox_id, directory, held, say)
+    for fd in (say, held):
+        if fd >= 0:
+            os.close(fd)
     in_time = _relayed(said, _ANSWERED_IN - age)
     os.close(said)
     if not in_time:
@@ -73,7 +78,7 @@ def _relayed(pipe: int, limit: float) -> bool:
     return False
 
 
-def _free_alone(arguments: Arguments, say: int) -> None:
+def _free_alone(arguments: Arguments, sandbox_id: str, directory: str, held: int, say: int) -> None:
     """Runs in the child, which nobody waits for or kills, and never returns: whoever calls `delete` goes on once."""
     status = 1
     try:
@@ -81,7 +86,7 @@ def _free_alone(arguments: Arguments, say: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd, ours in ((0, null), (1, null), (2, say)):  # containerd waits until the last one has closed them
             os.dup2(ours, fd)
-        _free(arguments)
+        _free(arguments, sandbox_id, directory, held)
         status = 0
     except (OSError, ValueError, RuntimeError) as error:
         with suppress(BrokenPipeError):
@@ -90,16 +95,16 @@ def _free_alone(arguments: Arguments, say: int) -> None:
         os._exit(status)
 
 
-def _free(arguments: Arguments) -> None:
-    sandbox_id = _sandbox_id(arguments)
-    directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+def _free(arguments: Arguments, sandbox_id: str, directory: str, held: int) -> None:
+    """`held` is the directory, locked until this process ends, or -1 where there was none when `delete` began."""
+    if held >= 0 and not freeing.lock(held, directory):
+        return
     recorded = freeing.recorded(directory, arguments.bundle)
     if _in_use(recorded, arguments.id, shared=sandbox_id != arguments.id):
         return
-    if os.path.isdir(directory):
-        warnings = freeing.free(directory, arguments.bundle)
-    else:  # nor is there anything to lock, or to write into
-        warnings = freeing.free_recorded(directory, recorded) if recorded else []
+    if held < 0 and (not recorded or os.path.isdir(directory)):  # a directory by now: what was found is a new sandbox's
+        return
+    warnings = freeing.free_recorded(directory, recorded)
     with suppress(BrokenPipeError):
         os.write(2, "".join(f"pymicro: {warning}\n" for warning in warnings).encode())
 

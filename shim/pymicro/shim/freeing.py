@@ -45,13 +45,15 @@ def free(run_directory: str, bundle: str = "", *, keep_socket: bool = False) -> 
     Its containers' poststop hooks run, within their time-outs. A new shim of the same name keeps the socket: it has
     bound the path anew. `bundle` as for recorded().
     """
-    lock = _lock(run_directory)
-    if lock < 0:
+    held = hold(run_directory)
+    if held < 0:
         return []
     try:
+        if not lock(held, run_directory):
+            return []
         return free_recorded(run_directory, recorded(run_directory, bundle), keep_socket=keep_socket)
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: bool = False) -> list[str]:
@@ -74,20 +76,24 @@ def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: b
     return warnings
 
 
-def _lock(run_directory: str) -> int:
-    """Return a descriptor of the directory, locked, or -1 where there is none, or none any more: one that lies there
-    after we have waited for the lock is a new sandbox's.
+def hold(run_directory: str) -> int:
+    """Return a descriptor of a sandbox's run directory, -1 where there is none. While it is open no other directory can
+    be taken for that one, whatever lies at its path.
     """
     try:
-        fd = os.open(run_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(run_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return -1
-    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def lock(held: int, run_directory: str) -> bool:
+    """Wait until nobody else frees the sandbox that hold() was asked for; tell whether there is something left to free.
+    If not, what lies at its path is a new sandbox's.
+    """
+    fcntl.flock(held, fcntl.LOCK_EX)
     with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(fd), os.stat(run_directory)):
-            return fd
-    os.close(fd)
-    return -1
+        return os.path.samestat(os.fstat(held), os.stat(run_directory))
+    return False
 
 
 def _end_shim(state: "dict[str, Any]") -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 
-from pymicro.shim import freeing, state
+from pymicro.shim import freeing
 
 GOOD_END = b"\n"
 """What a daemon says on its pipe when nothing is left to be freed. A pipe that closes without is a daemon that died."""
@@ -19,9 +19,11 @@ _SHELL = "/bin/sh"
 _WAIT = 'read -r end <&3 || exec "$@"'
 _GRACE = 1.0
 """Seconds that containerd's `delete` has before the guard does its work."""
+_HELD = 4
+"""The guard's descriptor of the run directory: at that path may be another sandbox's when its time has come."""
 
 
-def become_guard(ended: int, directory: str, daemon: int, start_pid: int) -> None:
+def become_guard(ended: int, directory: str, daemon: int) -> None:
     """Turn this process, which is in the bundle, into the guard of its child `daemon`; never returns.
 
     `ended` is the daemon's pipe. Where the record is lost, `lost` finds the daemon by this command line.
@@ -30,25 +32,23 @@ def become_guard(ended: int, directory: str, daemon: int, start_pid: int) -> Non
         bundle = os.getcwd()
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
-        pipe = os.dup(ended)
-        for fd, source in ((0, null), (1, null), (2, null), (3, pipe)):
+        pipe, held = os.dup(ended), freeing.hold(directory)  # each a higher one than the last: no source is overwritten
+        for fd, source in ((0, null), (1, null), (2, null), (3, pipe), (_HELD, held)):
             os.dup2(source, fd)
-        os.set_inheritable(3, True)  # where the duplicate was 3 already
-        os.closerange(4, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
-        free = [sys.executable, "-m", "pymicro.shim.guard", directory, str(daemon), str(start_pid), bundle]
+        os.closerange(_HELD + 1, 1 << 20)  # a listener that stays open would have containerd wait for a dead daemon
+        free = [sys.executable, "-m", "pymicro.shim.guard", directory, str(daemon), bundle]
         os.execv(_SHELL, [NAME, "-c", _WAIT, NAME, *free])  # noqa: S606  # that is the point
     finally:
         os._exit(1)
 
 
-def free_after(directory: str, daemon: int, start_pid: int, bundle: str) -> None:
-    """Free what `daemon`, our child, has left in `directory`, unless that is another's by now."""
+def free_after(held: int, directory: str, daemon: int, bundle: str) -> None:
+    """Free what `daemon`, our child, has left in `directory`, unless `held` is not what lies there any more."""
     with suppress(ChildProcessError):
         os.waitpid(daemon, 0)
     time.sleep(_GRACE)
-    recorded = state.read(directory)
-    if recorded.get("shim_pid", daemon) == daemon and recorded.get("start_pid", start_pid) == start_pid:
-        tell(bundle, freeing.free(directory, bundle))
+    if freeing.lock(held, directory):
+        tell(bundle, freeing.free_recorded(directory, freeing.recorded(directory, bundle)))
 
 
 def tell(bundle: str, warnings: list[str]) -> None:
@@ -63,4 +63,4 @@ def tell(bundle: str, warnings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    free_after(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    free_after(_HELD, sys.argv[1], int(sys.argv[2]), sys.argv[3])

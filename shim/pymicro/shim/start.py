@@ -47,20 +47,19 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         os.makedirs(directory, mode=0o700)
         record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
         record |= {"protocol": choice.protocol}
-        state.write(directory, {**record, "start_pid": os.getpid()})
+        state.write(directory, record)
         _record_address(path, choice.protocol)
     except BaseException:  # there is no daemon yet, which would free them
         listener.close()
         freeing.free(directory)
         raise
-    start_pid = os.getpid()
     if os.fork() == 0:
         ended, end = os.pipe()
         daemon = os.fork()
         if daemon == 0:
             os.close(ended)
             _become_daemon(arguments, said, choice, record, listener, begun_ns, end)
-        become_guard(ended, directory, daemon, start_pid)
+        become_guard(ended, directory, daemon)
     os.write(1, protocol.answer(path, choice.protocol, said))
 
 
