@@ -130,8 +130,9 @@ class FakeHost:
         self.cgroups.update(groups)
         self._check("cgroup.create")
 
-    def remove_cgroups(self, groups: tuple[str, ...]) -> None:
+    def remove_cgroups(self, groups: tuple[str, ...]) -> list[str]:
         self.cgroups.difference_update(groups)
+        return []
 
     def mount_rootfs(self, mounts: tuple[Mount, ...], target: str) -> None:
         self.roots.append(mounts)

@@ -37,7 +37,7 @@ class Daemon:
     pod: Pod
     containerd: Containerd
     begun: Start
-    running: asyncio.Task[None]
+    running: asyncio.Task[bool]
 
     @property
     def nothing_left(self) -> bool:
@@ -134,7 +134,26 @@ async def test_from_create_to_shutdown(directory: Path) -> None:
         assert task_pb2.DeleteResponse.FromString(answer).exit_status == 137, "what it will say"
         assert d.pod.host.nothing_left
         assert d.pod.hypervisor.running == 0
-        await asyncio.wait_for(d.running, 5)
+        assert await asyncio.wait_for(d.running, 5), "the guard need not come"
+
+
+@asynchronous
+async def test_what_no_signal_ends_is_left_to_the_guard_and_delete(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with daemon(directory) as d, await d.connect() as client:
+        await d.create(client)
+        (group, *_) = state.read(d.begun.directory)["cgroups"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cgroup, "processes", lambda groups: {41, 42} if group in groups else set())
+            patch.setattr(cgroup, "remove", lambda groups: [each for each in groups if each == group])
+            await client.call(SERVICES[0], "Delete", task_pb2.DeleteRequest(id="c1"), task_pb2.DeleteResponse)
+            await client.call(SERVICES[0], "Shutdown", task_pb2.ShutdownRequest(id="c1"), Empty)
+            assert not await asyncio.wait_for(d.running, 5)
+        assert not (Path(d.begun.bundle) / "freed").exists()
+        assert group in state.read(d.begun.directory)["cgroups"]
+        assert not os.path.exists(d.begun.socket_path)
+    assert f"the cgroup {group} cannot be removed; processes in it that do not end: 41, 42" in caplog.text
 
 
 @asynchronous

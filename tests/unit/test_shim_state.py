@@ -1,5 +1,6 @@
 """A sandbox's record, and freeing whatever it left: any number of times, after any crash, and nothing else."""
 
+import errno
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymicro.shim import cgroup, freeing, state
+
+from tests.framework.fakes import needs_root
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -35,8 +39,13 @@ def run(tmp_path: Path) -> Path:
 def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Take note of the cgroups that would be killed and removed."""
     freed: list[str] = []
-    monkeypatch.setattr(cgroup, "kill", lambda groups: freed.extend(f"kill {path}" for path in groups))
-    monkeypatch.setattr(cgroup, "remove", lambda groups: freed.extend(f"remove {path}" for path in groups))
+
+    def take_note(verb: str, groups: list[str]) -> list[str]:
+        freed.extend(f"{verb} {path}" for path in groups)
+        return []
+
+    monkeypatch.setattr(cgroup, "kill", partial(take_note, "kill"))
+    monkeypatch.setattr(cgroup, "remove", partial(take_note, "remove"))
     return freed
 
 
@@ -166,6 +175,53 @@ def test_only_a_socket_is_removed_as_the_socket(run: Path, tmp_path: Path) -> No
         state.write(str(run), {"socket": str(path)})
         freeing.free(str(run))
         assert not path.exists()
+
+
+@pytest.fixture
+def stuck(run: Path, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Record cgroups of which one has processes that no signal ends; return these."""
+    groups = {name: f"{cgroup.ROOT}/memory/{name}" for name in ("helpers", "c1")}
+    state.write(str(run), {"cgroups": [groups["helpers"]], "container_cgroups": [groups["c1"]]})
+    pids = {4194304, 4194305}
+    monkeypatch.setattr(cgroup, "processes", lambda paths: set(pids) if groups["helpers"] in paths else set())
+    monkeypatch.setattr(cgroup, "KILL_TIMEOUT", 0.02)
+    real = os.rmdir
+
+    def rmdir(path: str, **options: int) -> None:
+        if path in groups.values():
+            raise OSError(errno.EBUSY, "busy") if pids and path == groups["helpers"] else FileNotFoundError
+        real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    return pids
+
+
+def test_what_cannot_be_killed_is_said_and_freed_by_the_next(run: Path, stuck: set[int]) -> None:
+    (warning,) = freeing.free(str(run))
+    said = "cannot be removed; processes in it that do not end: 4194304, 4194305"
+    assert warning == f"the cgroup {cgroup.ROOT}/memory/helpers {said}"
+    assert state.read(str(run))["cgroups"], "the record names them"
+    stuck.clear()
+    assert freeing.free(str(run)) == []
+    assert not run.exists()
+
+
+def test_what_cannot_be_killed_does_not_keep_its_place_from_a_new_shim(run: Path, stuck: set[int]) -> None:
+    assert freeing.free(str(run), keep_socket=True)
+    assert not run.exists()
+
+
+@needs_root
+def test_a_containers_cgroup_is_removed_when_its_anchor_is_gone(run: Path) -> None:
+    """The anchor dies with its shim, but a busy host may take its time."""
+    groups = cgroup.directories(f"pymicro-test-{os.getpid()}")
+    cgroup.create(groups)
+    with subprocess.Popen(["sleep", "0.4"], preexec_fn=lambda: cgroup.join(groups)) as anchor:  # noqa: PLW1509  # no threads here
+        state.write(str(run), {"container_cgroups": groups})
+        warnings = freeing.free(str(run))
+    left = cgroup.remove(groups)  # nothing, or now
+    assert (warnings, left) == ([], [])
+    assert anchor.returncode == 0, "nobody has killed it"
 
 
 def test_socket_that_a_new_shim_has_bound_is_kept(run: Path, tmp_path: Path) -> None:

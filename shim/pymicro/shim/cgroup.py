@@ -14,6 +14,8 @@ V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "pids", "freezer", "blki
 V2_CONTROLLERS = ("cpu", "memory", "pids", "io", "cpuset")
 KILL_TIMEOUT = 5.0
 """Seconds after which processes that do not die of SIGKILL are reported instead of waited for."""
+DEATH_TIMEOUT = 1.0
+"""Seconds that processes may take which die by themselves, as an anchor does with its shim."""
 
 
 def is_v2(root: str = ROOT) -> bool:
@@ -108,12 +110,21 @@ def kill(directories: Sequence[str]) -> set[int]:
     """SIGKILL all processes in the cgroups and wait until they are gone; return the pids that remain after
     KILL_TIMEOUT.
     """
-    deadline = time.monotonic() + KILL_TIMEOUT
+    return _wait(directories, KILL_TIMEOUT, signal.SIGKILL)
+
+
+def wait(directories: Sequence[str]) -> set[int]:
+    """Wait until no process is in the cgroups; return the pids that remain after DEATH_TIMEOUT."""
+    return _wait(directories, DEATH_TIMEOUT, 0)  # no signal (kill(2))
+
+
+def _wait(directories: Sequence[str], limit: float, number: int) -> set[int]:
+    deadline = time.monotonic() + limit
     pause = 0.001
     while left := processes(directories):
         for pid in left:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         if time.monotonic() > deadline:
             return left
         time.sleep(pause)
@@ -121,18 +132,31 @@ def kill(directories: Sequence[str]) -> set[int]:
     return set()
 
 
-def remove(directories: Iterable[str]) -> None:
-    """Remove the cgroups (and empty ones below); absent ones are fine, and so are those that others still use."""
-    for directory in directories:
-        for attempt in range(20):
-            try:
-                os.rmdir(directory)
-            except FileNotFoundError:
-                break
-            except OSError:  # EBUSY: the kernel lets go of a dead process a moment after it is reaped
-                time.sleep(0.001 * (attempt + 1))
-            else:
-                break
+def remove(directories: Iterable[str]) -> list[str]:
+    """Remove the cgroups; absent ones are fine. Return those that are left: there are processes in them, or cgroups."""
+    left = list(directories)
+    for attempt in range(20):
+        left = [directory for directory in left if not _removed(directory)]
+        if not left:
+            break
+        time.sleep(0.001 * (attempt + 1))  # the kernel lets go of a dead process a moment after it is reaped (EBUSY)
+    return left
+
+
+def _removed(directory: str) -> bool:
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def warning(left: Sequence[str]) -> str:
+    """Return what there is to say of cgroups that remove() has left."""
+    pids = ", ".join(map(str, sorted(processes(left)))) or "none"
+    return f"the cgroup {left[0]} cannot be removed; processes in it that do not end: {pids}"
 
 
 def write_limits(directories: Iterable[str], resources: "dict[str, dict[str, int]]") -> None:

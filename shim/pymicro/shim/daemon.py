@@ -37,8 +37,8 @@ class Start(Struct, frozen=True):
     begun_ns: int
 
 
-def run(start: Start, listener: socket.socket) -> None:
-    """Serve one sandbox at `listener` until containerd shuts it down; nothing is left then."""
+def run(start: Start, listener: socket.socket) -> bool:
+    """Serve one sandbox at `listener` until containerd shuts it down; return whether nothing is left then."""
     rootfs.private_namespace()
     os.chdir("/")  # the bundle vanishes before we do
     timeline = Timeline(start.begun_ns)
@@ -66,7 +66,7 @@ def run(start: Start, listener: socket.socket) -> None:
     settings = pod.plan.settings if isinstance(pod, Ignition) else Settings()
     logs.set_up("debug" if start.debug else settings.log.level)
     timeline.span("import", begun)
-    asyncio.run(serve(start, pod, record, timeline, listener))
+    return asyncio.run(serve(start, pod, record, timeline, listener))
 
 
 def prepare(start: Start, record: Record, timeline: Timeline) -> Ignition | ShimError:

@@ -42,8 +42,9 @@ def free(run_directory: str, bundle: str = "", *, keep_socket: bool = False) -> 
     """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in, and done by one at a
     time: who comes second waits, and finds nothing. Returns what is worth a warning.
 
-    Its containers' poststop hooks run, within their time-outs. A new shim of the same name keeps the socket: it has
-    bound the path anew. `bundle` as for recorded().
+    Its containers' poststop hooks run, within their time-outs. While processes live on in its cgroups, which not even
+    SIGKILL ends, the run directory is kept for whoever frees it next. A new shim of the same name needs that place, and
+    keeps the socket: it has bound the path anew. `bundle` as for recorded().
     """
     held = hold(run_directory)
     if held < 0:
@@ -63,17 +64,26 @@ def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: b
     _end_shim(state)
     if "shim_pid" in (last := read(run_directory)):
         state = last  # it may have noted more meanwhile
-    groups = _cgroups(state, "cgroups")
-    cgroup.kill(groups)
-    cgroup.remove([*groups, *_cgroups(state, "container_cgroups")])  # not ours alone: those are never killed
+    helpers, containers = _cgroups(state, "cgroups"), _cgroups(state, "container_cgroups")
+    cgroup.kill(helpers)
+    cgroup.wait(containers)  # not ours alone: nobody is killed there
+    left = cgroup.remove([*helpers, *containers])
+    kept = not keep_socket and cgroup.processes(left)
+    warnings = [cgroup.warning(left)] if left else []
     _end_loggers(state)
     if not keep_socket:
         _remove_socket(state.get("socket"))
     for path in _half_made_templates(state):
         shutil.rmtree(path, ignore_errors=True)
-    warnings = _run_poststop(run_directory, state)
-    shutil.rmtree(run_directory, ignore_errors=True)
+    warnings += _run_poststop(run_directory, state)
+    if not kept:
+        shutil.rmtree(run_directory, ignore_errors=True)
     return warnings
+
+
+def lives_on(state: "dict[str, Any]") -> bool:
+    """Tell whether there are processes in the cgroups of a sandbox that has ended."""
+    return bool(cgroup.processes([*_cgroups(state, "cgroups"), *_cgroups(state, "container_cgroups")]))
 
 
 def hold(run_directory: str) -> int:

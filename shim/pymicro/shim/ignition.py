@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import Struct
-from pymicro.shim import cgroup, host, rootfs
+from pymicro.shim import cgroup, early, host, rootfs
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.config import Settings, VmSize, vm_size
 from pymicro.shim.errors import SandboxDied, ShimError, StepTimeout
@@ -203,4 +203,5 @@ def _pod_place(directory: Path, groups: tuple[str, ...], bundle: Bundle) -> Iter
             yield Place(directory, groups, netns_fd)
         finally:
             cgroup.kill(groups)
-            cgroup.remove(groups)
+            if left := cgroup.remove(groups):
+                early.warning(__name__, cgroup.warning(left))

@@ -298,10 +298,9 @@ class Sandbox:
         return groups
 
     def _remove_cgroup(self, groups: tuple[str, ...]) -> None:
-        cgroup.remove(groups)
-        recorded = self._record.facts["container_cgroups"]
+        gone = set(groups).difference(cgroup.remove(groups))
         with suppress(OSError):  # the record says too much then, which harms nobody
-            self._note(container_cgroups=[each for each in recorded if each not in groups or os.path.exists(each)])
+            self._note(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
 
     def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
         """Mount the container's root and binds into `own`, its part of the share; return where the root is."""

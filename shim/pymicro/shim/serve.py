@@ -7,7 +7,7 @@ import signal
 import socket
 from contextlib import suppress
 
-from pymicro.shim import rootfs
+from pymicro.shim import freeing, rootfs
 from pymicro.shim.config import Timeouts
 from pymicro.shim.daemon import Start
 from pymicro.shim.delete import leave_answer
@@ -36,8 +36,11 @@ _PATIENCE = 0.3
 
 async def serve(
     start: Start, pod: Ignition | ShimError, record: Record, timeline: Timeline, listener: socket.socket
-) -> None:
-    """Serve the pod, or the reason why there is none, until Shutdown or nobody needs it; then leave nothing behind."""
+) -> bool:
+    """Serve the pod, or the reason why there is none, until Shutdown or nobody needs it; then leave nothing behind.
+
+    Return whether that is so: what processes that not even SIGKILL ends leave, others are to free.
+    """
     if "SCHED_CORE" in os.environ:
         logger.debug("containerd asks for core scheduling (SCHED_CORE); pymicro leaves that out")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -62,12 +65,15 @@ async def serve(
     await events.flush(EVENTS_LIMIT)
     with suppress(FileNotFoundError):
         os.unlink(start.socket_path)
-    rootfs.remove_tree(start.directory)
-    leave_answer(start.bundle)
+    nothing_left = not freeing.lives_on(record.facts)
+    if nothing_left:
+        rootfs.remove_tree(start.directory)
+        leave_answer(start.bundle)
     service.cleaned_up.set()
     await server.close(grace=1)
     with suppress(asyncio.CancelledError):
         await serving
+    return nothing_left
 
 
 def _task_service(sandbox: Sandbox | ShimError, start: Start) -> "tuple[TaskService, Server | GrpcServer]":

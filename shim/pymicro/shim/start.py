@@ -102,7 +102,7 @@ def _become_daemon(
         lean.import_msgspec()
         from pymicro.shim.daemon import Start, run
 
-        run(
+        nothing_left = run(
             Start(
                 namespace=arguments.namespace,
                 sandbox_id=record["sandbox"],
@@ -120,7 +120,8 @@ def _become_daemon(
             ),
             listener,
         )
-        os.write(end, GOOD_END)
+        if nothing_left:
+            os.write(end, GOOD_END)
         status = 0
     except BaseException:  # noqa: BLE001  # this process must end here, and its log is the only place to say why
         import traceback
