@@ -36,6 +36,13 @@ if sys.argv[-1] == "start":
     from pymicro.shim import sockets, start
     sockets.DIRECTORY = directory
     start._become_daemon = lambda *arguments: (open("daemon", "w").close(), start.os._exit(0))
+    fork, left = start.os.fork, [int(start.os.environ["FORKS"])]
+    def limited():
+        left[0] -= 1
+        if left[0] < 0:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+    start.os.fork = limited
 status = main()
 with open("modules", "w") as file:
     file.write(" ".join(sys.modules))
@@ -54,21 +61,30 @@ class Host:
     def annotations(self, annotations: dict[str, str]) -> None:
         (self.bundle / "config.json").write_text(json.dumps({"annotations": annotations}))
 
-    def execute(
-        self, action: str, container_id: str = "c1", *, stdin: bytes = b"", containerd: str = "/x", settings: str = ""
-    ) -> subprocess.CompletedProcess[bytes]:
+    def begin(
+        self, action: str, container_id: str = "c1", *, containerd: str = "/x", settings: str = "", forks: int = 99
+    ) -> subprocess.Popen[bytes]:
+        """`forks`: how often `start` may fork."""
         words = ["-namespace", "ns", "-address", "/run/containerd.sock", "-publish-binary", containerd]
         words += ["-id", container_id]
         (self.bundle / "settings").write_text(settings)
-        return subprocess.run(
+        environment = {"PYTHONPATH": ":".join(sys.path), "PYMICRO_CONFIG": str(self.bundle / "settings")}
+        return subprocess.Popen(
             [sys.executable, "-S", "-c", PROGRAM, self.sockets, self.run, *words, "-bundle", self.bundle, action],
             cwd=self.bundle,
-            env={"PYTHONPATH": ":".join(sys.path), "PYMICRO_CONFIG": str(self.bundle / "settings")},
-            input=stdin,
-            capture_output=True,
-            timeout=20,
-            check=False,
+            env={**environment, "FORKS": str(forks)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
+
+    def execute(
+        self, action: str, container_id: str = "c1", *, stdin: bytes = b"", **how: Any
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run to the end, which is when nobody holds the outputs any more. `how` as for begin()."""
+        process = self.begin(action, container_id, **how)
+        out, err = process.communicate(stdin, timeout=20)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def socket_path(self, sandbox_id: str) -> str:
         with pytest.MonkeyPatch.context() as patch:
@@ -168,6 +184,48 @@ def test_what_fails_before_there_is_a_daemon_leaves_nothing(host: Host) -> None:
     assert b"address.new" in result.stderr
     assert not os.path.exists(host.socket_path("c1"))
     assert not (host.run / "c1").exists()
+
+
+@pytest.mark.parametrize("forks", [0, 1])
+def test_want_of_processes_leaves_nothing_and_one_answer(host: Host, forks: int) -> None:
+    """The first child forks the daemon after `start` has answered: it has nothing to add."""
+    os.mkfifo(host.bundle / "log")
+    log = os.open(host.bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        result = host.execute("start", forks=forks)
+        said = os.read(log, 4096)
+    finally:
+        os.close(log)
+    error = b"[Errno 11] Resource temporarily unavailable\n"
+    address = f"unix://{host.socket_path('c1')}".encode()
+    assert (result.stdout, result.stderr) == ((address, b"") if forks else (b"", b"pymicro: " + error))
+    assert said == (b"pymicro: the shim's daemon cannot be started: " + error if forks else b"")
+    assert not os.path.exists(host.socket_path("c1"))
+    assert not (host.run / "c1").exists()
+
+
+def test_a_run_directory_that_cannot_be_made_leaves_no_socket(host: Host) -> None:
+    host.run.write_text("in its way")
+    result = host.execute("start")
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert not os.path.exists(host.socket_path("c1"))
+
+
+def test_start_that_is_killed_while_it_asks_for_containerds_version_leaves_nothing(host: Host, tmp_path: Path) -> None:
+    """It asks before it binds the socket: it may wait two seconds for the answer."""
+    asked = tmp_path / "asked"
+    process = host.begin("start", settings=GRPC, containerd=containerd(tmp_path, f": > {asked}; exec sleep 3"))
+    assert process.stdin
+    process.stdin.close()
+    deadline = time.monotonic() + 10
+    while not asked.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.stdin = None
+    process.communicate(timeout=10)
+    assert not os.path.exists(host.socket_path("c1"))
+    assert not host.run.exists()
 
 
 def test_start_over_a_leftover_sandbox_keeps_the_new_socket(host: Host) -> None:

@@ -9,7 +9,8 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 
 from pymicro.shim import bootstrap, freeing, lean, protocol, sockets, state
 from pymicro.shim.arguments import Arguments
@@ -17,6 +18,10 @@ from pymicro.shim.bootstrap import Bootstrap
 from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 from pymicro.shim.guard import GOOD_END, become_guard, tell
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def start(arguments: Arguments, begun_ns: int) -> None:
@@ -29,37 +34,31 @@ def start(arguments: Arguments, begun_ns: int) -> None:
     sandbox_id = sandbox_of(annotations, arguments.id)
     path = sockets.path(arguments.address, arguments.namespace, sandbox_id, said.socket_dir)
     directory = state.directory(arguments.address, arguments.namespace, sandbox_id)
+    joins = joins_running_sandbox(annotations)
+    # before there is anything to be left: it may take two seconds
+    choice = protocol.Choice(protocol.TTRPC) if joins else protocol.choose(said, arguments.containerd)
     listener = sockets.bind(path)
     if listener is None:
         spoken = str(state.read(directory).get("protocol") or protocol.TTRPC)
         _record_address(path, spoken)
         os.write(1, protocol.answer(path, spoken, said))
         return
-    if joins_running_sandbox(annotations):
-        listener.close()
-        os.unlink(path)
-        raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
-    with suppress(FileNotFoundError):
-        os.unlink(ANSWER)  # of an earlier pod in this bundle
-    tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
-    choice = protocol.choose(said, arguments.containerd)
-    try:
+    with ExitStack() as undo:  # until there is a daemon, which would free it
+        undo.callback(listener.close)
+        undo.callback(_remove, path)  # before the listener goes: another `start` may bind the path then
+        if joins:
+            raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
+        _remove(ANSWER)  # of an earlier pod in this bundle
+        tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
         os.makedirs(directory, mode=0o700)
+        undo.callback(freeing.free, directory, keep_socket=True)
         record = {"namespace": arguments.namespace, "sandbox": sandbox_id, "bundle": os.getcwd(), "socket": path}
         record |= {"protocol": choice.protocol}
         state.write(directory, record)
         _record_address(path, choice.protocol)
-    except BaseException:  # there is no daemon yet, which would free them
-        listener.close()
-        freeing.free(directory)
-        raise
-    if os.fork() == 0:
-        ended, end = os.pipe()
-        daemon = os.fork()
-        if daemon == 0:
-            os.close(ended)
-            _become_daemon(arguments, said, choice, record, listener, begun_ns, end)
-        become_guard(ended, directory, daemon)
+        if os.fork() == 0:
+            _go_on(directory, partial(_become_daemon, arguments, said, choice, record, listener, begun_ns), undo)
+        undo.pop_all()
     os.write(1, protocol.answer(path, choice.protocol, said))
 
 
@@ -77,6 +76,29 @@ def _record_address(path: str, spoken: str) -> None:
     with open("address.new", "wb") as file:
         file.write(protocol.in_bundle(path, spoken))
     os.replace("address.new", "address")
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _go_on(directory: str, become_daemon: "Callable[[int], None]", undo: ExitStack) -> None:
+    """Runs in the child and never returns: it forks the daemon and is its guard. Where that cannot be done `start` may
+    have printed the address already, so the log is where to say it.
+    """
+    try:
+        ended, end = os.pipe()
+        daemon = os.fork()
+        if daemon == 0:
+            os.close(ended)
+            become_daemon(end)
+        become_guard(ended, directory, daemon)
+    except OSError as error:
+        undo.close()
+        tell(os.getcwd(), [f"the shim's daemon cannot be started: {error}"])
+    finally:
+        os._exit(1)
 
 
 def _become_daemon(
