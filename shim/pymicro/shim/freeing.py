@@ -42,9 +42,9 @@ def free(run_directory: str, bundle: str = "", *, keep_socket: bool = False) -> 
     """Kill what is left of a sandbox and remove all it had. Idempotent, whatever state it is in, and done by one at a
     time: who comes second waits, and finds nothing. Returns what is worth a warning.
 
-    Its containers' poststop hooks run, within their time-outs. While processes live on in its cgroups, which not even
-    SIGKILL ends, the run directory is kept for whoever frees it next. A new shim of the same name needs that place, and
-    keeps the socket: it has bound the path anew. `bundle` as for recorded().
+    Its containers' poststop hooks run, within their time-outs. While helpers live on, which not even SIGKILL ends, the
+    run directory is kept for whoever frees it next. A new shim of the same name needs that place, and keeps the socket:
+    it has bound the path anew. `bundle` as for recorded().
     """
     held = hold(run_directory)
     if held < 0:
@@ -68,7 +68,7 @@ def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: b
     cgroup.kill(helpers)
     cgroup.wait(containers)  # not ours alone: nobody is killed there
     left = cgroup.remove([*helpers, *containers])
-    kept = not keep_socket and cgroup.processes(left)
+    kept = not keep_socket and cgroup.processes(helpers)
     warnings = [cgroup.warning(left)] if left else []
     _end_loggers(state)
     if not keep_socket:
@@ -82,8 +82,8 @@ def free_recorded(run_directory: str, state: "dict[str, Any]", *, keep_socket: b
 
 
 def lives_on(state: "dict[str, Any]") -> bool:
-    """Tell whether there are processes in the cgroups of a sandbox that has ended."""
-    return bool(cgroup.processes([*_cgroups(state, "cgroups"), *_cgroups(state, "container_cgroups")]))
+    """Tell whether there are processes in the helpers' cgroup of a sandbox that has ended."""
+    return bool(cgroup.processes(_cgroups(state, "cgroups")))
 
 
 def hold(run_directory: str) -> int:
