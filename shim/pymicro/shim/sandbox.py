@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, closing, suppress
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
 from pymicro.shim import anchor, cgroup, guestmessages, guestspec, rootfs
 from pymicro.shim.agent import AgentClient
+from pymicro.shim.beside import beside
 from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
@@ -258,7 +260,7 @@ class Sandbox:
         if self._death is not None:  # the place is gone, and its descriptors may be other files by now
             await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
-        root = self._mount(request, plan, str(self._place.directory / "share" / folder), stack)
+        root = await self._mount(request, plan, str(self._place.directory / "share" / folder), stack)
         timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
         self._timelines[request.id] = timeline
         stack.callback(self._timelines.pop, request.id)
@@ -302,17 +304,26 @@ class Sandbox:
         with suppress(OSError):  # the record says too much then, which harms nobody
             self._note(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
 
-    def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
-        """Mount the container's root and binds into `own`, its part of the share; return where the root is."""
+    async def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
+        """Mount the container's root and binds into `own`, its part of the share; return where the root is.
+
+        A volume whose file server does not answer is the trouble of this container alone.
+        """
         root = os.path.join(own, "rootfs")
         stack.callback(rootfs.remove_tree, own)
         if any(has_device(mount) for mount in request.rootfs):
             stack.push_async_callback(self._let_go, root, plan.spec["root"]["path"])
         named = Mount("bind", os.path.join(request.bundle, plan.root_path), "", ("rbind",))
-        rootfs.mount_rootfs(request.rootfs or (named,), root)
-        for wanted in plan.binds:
-            source = os.path.join(request.bundle, wanted.source)
-            rootfs.bind(source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
+
+        def mount() -> None:
+            rootfs.mount_rootfs(request.rootfs or (named,), root)
+            for wanted in plan.binds:
+                source = os.path.join(request.bundle, wanted.source)
+                rootfs.bind(source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
+
+        what = f"mounting the root filesystem and the volumes of {request.id!r}"
+        limit = self.settings.timeouts.request
+        await beside(mount, partial(rootfs.remove_tree, own), what=what, limit=limit)
         return root
 
     async def _let_go(self, root: str, in_guest: str) -> None:
@@ -325,7 +336,7 @@ class Sandbox:
             with suppress(ShimError):
                 await (await self.agent()).call("release", {"path": in_guest})
         deadline = time.monotonic() + _LETS_GO
-        while not rootfs.let_go(root):
+        while not await beside(partial(rootfs.let_go, root)):  # it may have much to write
             if time.monotonic() > deadline:
                 logger.warning("%s is still in use after %g s; its device may be as well", root, _LETS_GO)
                 return
