@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymicro.protos import bootstrap_pb2, runtimeoptions_pb2, task_pb2
 from pymicro.shim import bootstrap, delete, grouping, protocol, sockets, start, state
+from pymicro.shim.arguments import Arguments
 
 HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
 HEAVY |= {"qemu", "subprocess", "tempfile", "typing"}
@@ -659,3 +660,29 @@ def test_delete_response_byte_for_byte(status: int, at_ns: int, pid: int) -> Non
 )
 def test_sandbox_of_a_container(annotations: dict[str, str], sandbox: str) -> None:
     assert grouping.sandbox_of(annotations, "c1") == sandbox
+
+
+def test_the_kernel_prefers_the_daemon_to_containerd_when_memory_runs_out() -> None:
+    score = "/proc/self/oom_score_adj"
+    program = f"from pymicro.shim import start; start._adjust_oom_score(); print(open('{score}').read())"
+    daemons = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout
+    assert int(daemons) == min(1000, int(Path(score).read_text()) + 1)
+
+
+@pytest.mark.parametrize(
+    ("ttrpc", "grpc", "variable", "address"),
+    [
+        ("/said", "/grpc", "/variable", "/said"),
+        ("", "/grpc", "/variable", "/variable"),
+        ("", "/grpc", "", "/grpc.ttrpc"),
+        ("", "", "", "/run/containerd.sock.ttrpc"),
+    ],
+)
+def test_where_containerd_takes_events(
+    ttrpc: str, grpc: str, variable: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTRPC_ADDRESS", variable)
+    said = bootstrap.Bootstrap()
+    said.ttrpc_address, said.grpc_address = ttrpc, grpc
+    arguments = Arguments(["-namespace", "ns", "-address", "/run/containerd.sock", "-id", "c1", "start"])
+    assert start._ttrpc_address(arguments, said) == address
