@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from pymicro.shim import cgroup, rootfs, sandbox, state
+from pymicro.shim import cgroup, folder, rootfs, state
 from pymicro.shim import container as container_module
 from pymicro.shim.errors import (
     AlreadyExists,
@@ -1012,7 +1012,7 @@ async def test_last_containers_block_device_goes_with_the_vm(tmp_path: Path) -> 
 async def test_block_device_that_stays_in_use_delays_delete_only_so_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sandbox, "_LETS_GO", 0.05)
+    monkeypatch.setattr(folder, "_LETS_GO", 0.05)
     async with pod(tmp_path) as p:
         await p.create("c1")
         await p.sandbox.create_container(replace(p.request("c2"), rootfs=BLOCK_ROOT))

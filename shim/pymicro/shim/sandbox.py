@@ -3,28 +3,26 @@
 import asyncio
 import itertools
 import logging
-import os
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, closing, suppress
-from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
-from pymicro.shim import anchor, cgroup, guestmessages, guestspec, rootfs
+from pymicro.shim import anchor, cgroup, guestmessages, guestspec
 from pymicro.shim.agent import AgentClient
-from pymicro.shim.beside import beside
 from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
 from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, GuestError, InvalidRequest, NotFound, SandboxDied, ShimError, StepTimeout
 from pymicro.shim.events import Publisher
+from pymicro.shim.folder import Folder
 from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.mounting import has_device
 from pymicro.shim.process import Process
-from pymicro.shim.requests import CreateContainer, Deleted, Mount
+from pymicro.shim.requests import CreateContainer, Deleted
 from pymicro.shim.state import Record
 from pymicro.shim.streams import Streams
 from pymicro.shim.timeline import Timeline
@@ -33,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 _VM_ENDS = 1.0
 """Seconds in which a VM ends whose agent's connection has broken because of that."""
-_LETS_GO = 5.0
-"""Seconds in which the guest, or the end of its VM, lets go of a root filesystem."""
-_POLL = 0.005
 _AUTOPSY = 3.0
 """Seconds that an error waits for the cause of the VM's death."""
 
@@ -233,13 +228,13 @@ class Sandbox:
     async def _build(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
         number = next(self._folders)
-        folder = f"{number}-{request.id}"
+        name = f"{number}-{request.id}"
         limit = self.settings.timeouts.hook
         plan = guestspec.build(
             bundle.spec,
             request.id,
             self._guest_pids(),
-            folder=folder,
+            folder=name,
             hook_limit=limit,
             host_pid=self.settings.vm.host_pid,
         )
@@ -260,14 +255,18 @@ class Sandbox:
         if self._death is not None:  # the place is gone, and its descriptors may be other files by now
             await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
-        root = await self._mount(request, plan, str(self._place.directory / "share" / folder), stack)
+        folder = Folder(str(self._place.directory / "share" / name))
+        stack.callback(folder.remove)
+        if any(has_device(mount) for mount in request.rootfs):
+            stack.push_async_callback(self._let_go, folder, plan.spec["root"]["path"])
+        await folder.mount(request, plan, self.settings.timeouts.request)
         timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
         self._timelines[request.id] = timeline
         stack.callback(self._timelines.pop, request.id)
         mounted = timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, hooks, cgroups=groups)
-        container.anchor = anchor.start(root, replace(self._place, cgroups=groups), container.anchor_died)
+        container.anchor = anchor.start(folder.root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         self.containers[request.id] = container
         stack.callback(self.containers.pop, request.id, None)
@@ -304,43 +303,16 @@ class Sandbox:
         with suppress(OSError):  # the record says too much then, which harms nobody
             self._note(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
 
-    async def _mount(self, request: CreateContainer, plan: guestspec.GuestPlan, own: str, stack: AsyncExitStack) -> str:
-        """Mount the container's root and binds into `own`, its part of the share; return where the root is.
-
-        A volume whose file server does not answer is the trouble of this container alone.
-        """
-        root = os.path.join(own, "rootfs")
-        stack.callback(rootfs.remove_tree, own)
-        if any(has_device(mount) for mount in request.rootfs):
-            stack.push_async_callback(self._let_go, root, plan.spec["root"]["path"])
-        named = Mount("bind", os.path.join(request.bundle, plan.root_path), "", ("rbind",))
-
-        def mount() -> None:
-            rootfs.mount_rootfs(request.rootfs or (named,), root)
-            for wanted in plan.binds:
-                source = os.path.join(request.bundle, wanted.source)
-                rootfs.bind(source, os.path.join(own, "mounts", wanted.name), read_only=wanted.read_only)
-
-        what = f"mounting the root filesystem and the volumes of {request.id!r}"
-        limit = self.settings.timeouts.request
-        await beside(mount, partial(rootfs.remove_tree, own), what=what, limit=limit)
-        return root
-
-    async def _let_go(self, root: str, in_guest: str) -> None:
-        """Unmount a file system that is the container's alone, which writes it to its device, before Delete answers:
-        clients may mount it elsewhere then, and it must not be mounted twice. A guest that remembers files keeps it.
+    async def _let_go(self, folder: Folder, in_guest: str) -> None:
+        """Unmount a file system that is the container's alone before Delete answers: clients may mount it elsewhere
+        then, and it must not be mounted twice. A guest that remembers files keeps it.
         """
         if self.idle:
             self._end()
         elif self._agent.done():
             with suppress(ShimError):
                 await (await self.agent()).call("release", {"path": in_guest})
-        deadline = time.monotonic() + _LETS_GO
-        while not await beside(partial(rootfs.let_go, root)):  # it may have much to write
-            if time.monotonic() > deadline:
-                logger.warning("%s is still in use after %g s; its device may be as well", root, _LETS_GO)
-                return
-            await asyncio.sleep(_POLL)
+        await folder.let_go()
 
     async def _delete_in_guest(self, container_id: str) -> None:
         if {*self.containers, *self._creating} <= {container_id}:  # its VM ends with it, quicker than crun
