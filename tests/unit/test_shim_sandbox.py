@@ -1,13 +1,12 @@
 """The life of a pod over a scripted guest: order of events, what clients are told, what is left when things fail."""
 
 import asyncio
-import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from pymicro.shim import cgroup, folder, rootfs, state
+from pymicro.shim import cgroup, folder, state
 from pymicro.shim import container as container_module
 from pymicro.shim.errors import (
     AlreadyExists,
@@ -538,29 +537,6 @@ async def test_cancelled_create_leaves_nothing(tmp_path: Path) -> None:
             assert not p.host.anchors
             assert p.sandbox.idle
             assert p.log == []
-
-
-@asynchronous
-async def test_a_volume_that_hangs_is_the_trouble_of_its_container_alone(tmp_path: Path) -> None:
-    """A file server that does not answer holds up whoever looks at it, for as long as it likes."""
-    answers = threading.Event()
-
-    def hangs(source: str, target: str, *, read_only: bool) -> None:
-        answers.wait()
-        mounted(source, target, read_only=read_only)
-
-    async with pod(tmp_path, settings=settings_with(request=0.2)) as p:
-        mounted, rootfs.bind = rootfs.bind, hangs  # the harness puts it back
-        other = await p.running("other")
-        volume = {"type": "bind", "source": "/mnt/far", "destination": "/data", "options": ["rbind"]}
-        creating = asyncio.create_task(p.sandbox.create_container(p.request("c1", mounts=[volume])))
-        await other.kill("", 9, everything=False)
-        assert (await other.init.wait()).status == 137
-        with pytest.raises(StepTimeout, match="mounting the root filesystem and the volumes of 'c1' took longer"):
-            await creating
-        answers.set()
-        await until(lambda: p.host.binds)
-        await until(lambda: not [mount for mount in p.host.mounts if "c1" in mount])  # it came too late, and was undone
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -4,11 +4,9 @@ import asyncio
 import logging
 import os
 import time
-from functools import partial
 
 from msgspec import Struct
 from pymicro.shim import rootfs
-from pymicro.shim.beside import beside
 from pymicro.shim.guestspec import GuestPlan
 from pymicro.shim.requests import CreateContainer, Mount
 
@@ -29,25 +27,22 @@ class Folder(Struct, frozen=True):
         """Where the root filesystem is."""
         return os.path.join(self.path, "rootfs")
 
-    async def mount(self, request: CreateContainer, plan: GuestPlan, limit: float) -> None:
-        """Mount the root filesystem and the volumes, in `limit` seconds: a volume whose file server does not answer is
-        the trouble of this container alone. Raises InvalidRequest, StepTimeout; then remove() is to be called.
+    def mount(self, request: CreateContainer, plan: GuestPlan) -> None:
+        """Mount the root filesystem and the volumes. Raises InvalidRequest; then remove() is to be called.
+
+        Not in a thread that is given up where a file server does not answer: what it mounts while remove() is at work
+        would be emptied as if it were ours.
         """
         named = Mount("bind", os.path.join(request.bundle, plan.root_path), "", ("rbind",))
-
-        def mount() -> None:
-            rootfs.mount_rootfs(request.rootfs or (named,), self.root)
-            for wanted in plan.binds:
-                source = os.path.join(request.bundle, wanted.source)
-                rootfs.bind(source, os.path.join(self.path, "mounts", wanted.name), read_only=wanted.read_only)
-
-        what = f"mounting the root filesystem and the volumes of {request.id!r}"
-        await beside(mount, self.remove, what=what, limit=limit)
+        rootfs.mount_rootfs(request.rootfs or (named,), self.root)
+        for wanted in plan.binds:
+            source = os.path.join(request.bundle, wanted.source)
+            rootfs.bind(source, os.path.join(self.path, "mounts", wanted.name), read_only=wanted.read_only)
 
     async def let_go(self) -> None:
         """Unmount the root filesystem as soon as nobody uses it, which writes it to its device."""
         deadline = time.monotonic() + _LETS_GO
-        while not await beside(partial(rootfs.let_go, self.root)):  # it may have much to write
+        while not rootfs.let_go(self.root):
             if time.monotonic() > deadline:
                 logger.warning("%s is still in use after %g s; its device may be as well", self.root, _LETS_GO)
                 return

@@ -259,7 +259,7 @@ class Sandbox:
         stack.callback(folder.remove)
         if any(has_device(mount) for mount in request.rootfs):
             stack.push_async_callback(self._let_go, folder, plan.spec["root"]["path"])
-        await folder.mount(request, plan, self.settings.timeouts.request)
+        folder.mount(request, plan)
         timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
         self._timelines[request.id] = timeline
         stack.callback(self._timelines.pop, request.id)
