@@ -134,6 +134,53 @@ async def test_failure_of_a_hook_of_creation_is_the_failure_of_create(tmp_path: 
 
 
 @asynchronous
+async def test_impatient_clients_do_not_disturb_the_cleaning_up_after_a_failed_create(
+    tmp_path: Path, notes: Notes
+) -> None:
+    """A network that the poststop hook gives back half would be lost: nobody runs it again."""
+    done, hold = tmp_path / "done", tmp_path / "hold"
+    hooks = {
+        "createRuntime": [notes.hook("createRuntime", "exit 4")],
+        "poststop": [notes.hook("poststop", f"while [ ! -e {hold} ]; do sleep 0.02; done; touch {done}")],
+    }
+    async with pod(tmp_path) as p:
+        creating = asyncio.create_task(create(p, hooks))
+        await until(lambda: "poststop" in notes.kinds)
+        deletions = [asyncio.create_task(p.sandbox.delete_container("c1")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        hold.touch()
+        with pytest.raises(HookFailed):
+            await creating
+        for deletion in deletions:
+            with pytest.raises(NotFound):
+                await deletion
+        assert done.exists()
+        assert owed(p) == []
+
+
+@asynchronous
+async def test_a_second_delete_does_not_disturb_the_first_that_gives_up_a_create(tmp_path: Path, notes: Notes) -> None:
+    done, hold = tmp_path / "done", tmp_path / "hold"
+    hooks = {
+        "createRuntime": [notes.hook("createRuntime", "sleep 100")],
+        "poststop": [notes.hook("poststop", f"while [ ! -e {hold} ]; do sleep 0.02; done; touch {done}")],
+    }
+    async with pod(tmp_path) as p:
+        creating = asyncio.create_task(create(p, hooks))
+        await until(lambda: "createRuntime" in notes.kinds)
+        first = asyncio.create_task(p.sandbox.delete_container("c1"))
+        await until(lambda: "poststop" in notes.kinds)
+        second = asyncio.create_task(p.sandbox.delete_container("c1"))
+        await asyncio.sleep(0.05)
+        hold.touch()
+        for call in (creating, first, second):
+            with pytest.raises(NotFound):
+                await call
+        assert done.exists()
+        assert owed(p) == []
+
+
+@asynchronous
 async def test_a_hook_of_creation_that_hangs_is_killed(tmp_path: Path, notes: Notes) -> None:
     async with pod(tmp_path, settings=settings_with(hook=0.3)) as p:
         with pytest.raises(StepTimeout, match=r"createRuntime hook #0 .* in 0\.3 s \(timeouts\.hook\) and was killed"):

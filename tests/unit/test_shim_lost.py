@@ -218,8 +218,15 @@ def test_socket_that_the_bundle_names(sandbox: Lost, capfd: pytest.CaptureFixtur
         if as_json:
             (sandbox.bundle / "address").write_text(json.dumps({"version": 2, "address": path, "protocol": "grpc"}))
         assert lost.find(str(sandbox.run), str(sandbox.bundle))["socket"] == path
+    sandbox.delete(capfd)
+    assert not os.path.exists(path)
+
+
+def test_a_socket_at_which_somebody_listens_by_now_stays(sandbox: Lost, capfd: pytest.CaptureFixture[str]) -> None:
+    """A new shim of the same name may have it before all of the old one is freed."""
+    with sandbox.listener() as listener:
         sandbox.delete(capfd)
-        assert not os.path.exists(path)
+        assert os.path.exists(listener.getsockname())
 
 
 @pytest.mark.parametrize(

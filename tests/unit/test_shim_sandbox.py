@@ -482,6 +482,21 @@ async def test_create_that_the_guest_refuses_leaves_nothing(tmp_path: Path) -> N
 
 
 @asynchronous
+async def test_create_that_takes_too_long_is_undone_in_the_guest_too(tmp_path: Path) -> None:
+    """Its VM goes on: only Delete or Shutdown end it."""
+    async with pod(tmp_path, settings=settings_with(request=0.2)) as p:
+
+        async def slow(params: Json) -> Json:
+            await asyncio.sleep(0.3)
+            return await p.guest.do_create(params)
+
+        p.guest.answers["create"] = slow
+        with pytest.raises(StepTimeout):
+            await p.create()
+        assert p.guest.methods()[-1] == "delete"
+
+
+@asynchronous
 async def test_exit_during_a_create_that_fails_is_not_reported(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
 

@@ -590,14 +590,14 @@ def test_starts_at_the_same_time_make_one_daemon(tmp_path: Path, monkeypatch: py
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
-    real = sockets._answers
+    real = sockets.answers
 
     def slow(path: str) -> bool:
         answers = real(path)
         time.sleep(0.01)
         return answers
 
-    monkeypatch.setattr(sockets, "_answers", slow)
+    monkeypatch.setattr(sockets, "answers", slow)
     results: list[socket.socket | None] = []
     threads = [threading.Thread(target=lambda: results.append(sockets.bind(path))) for _ in range(8)]
     for thread in threads:

@@ -75,11 +75,11 @@ def create(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]
     """Create a container. Its exit, however early, is reported after the reply."""
     name = checked_id(params["container"])
     container = Container(agent.control, agent.reaper, agent.memory, name, params["spec"])
+    container.init.gate.acquire()
     with agent.lock:
         if name in agent.containers:
             raise AlreadyExists(f"container {name} exists already")
         agent.containers[name] = container
-    container.init.gate.acquire()
     try:
         container.create(params["streams"], params["terminal"])
     except BaseException:

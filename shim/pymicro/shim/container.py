@@ -305,16 +305,16 @@ class Container:
         for exec_id in list(self.execs):
             with suppress(NotFound, WrongState):
                 await self.delete_exec(exec_id)
-        try:
-            await self.init.close(self.pod.streams, 0 if created else IO_LIMIT)
-        finally:  # a full disk that has no room for the record must not keep the rest
-            await self.resources.aclose()
-        self.init.ended(0)
-        for process in list(self.execs.values()):  # those of a container that was never started ran until now
-            await self._report_exit(process, KILLED)
-            await process.close(self.pod.streams, 0)
+        await self.init.close(self.pod.streams, 0 if created else IO_LIMIT)
         deleted = Deleted(self.init.pid or self.anchor.pid, self.init.exit if not created else None)
-        self.pod.events.deleted(self.id, deleted.pid, deleted.exit)
+        try:
+            await self.resources.aclose()
+        finally:
+            self.init.ended(0)
+            for process in list(self.execs.values()):  # those of a container that was never started ran until now
+                await self._report_exit(process, KILLED)
+                await process.close(self.pod.streams, 0)
+            self.pod.events.deleted(self.id, deleted.pid, deleted.exit)
         return deleted
 
     def anchor_died(self) -> None:

@@ -59,7 +59,7 @@ class ContainerHooks:
                 await run(Call("poststop", number, self._limit), hook, self._state("stopped"))
             except ShimError as error:
                 logger.warning("%s: %s", self._id, error)
-        self._record.note(poststop={other: owed for other, owed in self._owed.items() if other != self._id})
+        self._record.forget(poststop={other: owed for other, owed in self._owed.items() if other != self._id})
 
     async def _run(self, kind: str, wanted: tuple[Hook, ...], state: hooks.Json) -> None:
         for number, hook in enumerate(wanted):

@@ -152,7 +152,8 @@ class LogBinary:
             self._running.end()
         self._ended.set()
         self._log.close()
-        self._note({pid: started for pid, started in self._loggers.items() if pid != str(self._running.pid)})
+        left = {pid: started for pid, started in self._loggers.items() if pid != str(self._running.pid)}
+        self._owner.record.forget(loggers=left)
 
     @property
     def _loggers(self) -> dict[str, int]:

@@ -49,6 +49,8 @@ class Sandbox:
         self.drain_limit = settings.timeouts.drain
         self.containers: dict[str, Container] = {}
         self._creating: dict[str, asyncio.Task[Container]] = {}
+        self._undoing: set[str] = set()
+        """Of those the ones that have failed or were given up: nobody disturbs what they undo."""
         self._folders = itertools.count(1)
         self._timeline = timeline
         self._timelines: dict[str, Timeline] = {}
@@ -200,7 +202,7 @@ class Sandbox:
             raise AlreadyExists(f"container {request.id!r} exists already")
         creation = asyncio.create_task(self._create(request, time.monotonic_ns()), name=f"create {request.id}")
         self._creating[request.id] = creation
-        creation.add_done_callback(lambda _: self._creating.pop(request.id))
+        creation.add_done_callback(lambda _: self._created(request.id))
         try:
             return await creation
         except SandboxDied as error:
@@ -222,8 +224,23 @@ class Sandbox:
         try:
             return await self._build(request, Bundle.load(request.bundle), stack, begun)
         except BaseException:
+            self._undoing.add(request.id)
             await stack.aclose()
             raise
+
+    def _created(self, container_id: str) -> None:
+        del self._creating[container_id]
+        self._undoing.discard(container_id)
+
+    async def _give_up_creating(self, *container_ids: str) -> None:
+        """Return when the creations of these containers are undone."""
+        creations = [self._creating[each] for each in container_ids]
+        for container_id in container_ids:
+            if container_id not in self._undoing:
+                self._undoing.add(container_id)
+                self._creating[container_id].cancel()
+        if creations:
+            await asyncio.wait(creations)
 
     async def _build(self, request: CreateContainer, bundle: Bundle, stack: AsyncExitStack, begun: int) -> Container:
         # never used twice: for a second the guest remembers what an earlier container of this id had there
@@ -300,8 +317,7 @@ class Sandbox:
 
     def _remove_cgroup(self, groups: tuple[str, ...]) -> None:
         gone = set(groups).difference(cgroup.remove(groups))
-        with suppress(OSError):  # the record says too much then, which harms nobody
-            self._note(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
+        self._record.forget(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
 
     async def _let_go(self, folder: Folder, in_guest: str) -> None:
         """Unmount a file system that is the container's alone before Delete answers: clients may mount it elsewhere
@@ -315,7 +331,7 @@ class Sandbox:
         await folder.let_go()
 
     async def _delete_in_guest(self, container_id: str) -> None:
-        if {*self.containers, *self._creating} <= {container_id}:  # its VM ends with it, quicker than crun
+        if self.containers.keys() == {container_id} and not self._creating:  # its VM ends with it, quicker than crun
             return
         with suppress(SandboxDied, NotFound, StepTimeout, GuestError):
             await (await self.agent()).call("delete", {"container": container_id})
@@ -337,17 +353,16 @@ class Sandbox:
         """Free a container; the VM begins to go down with the last one. One that is being created is given up, which
         is NotFound: a client that did not wait for Create's answer asks for that (shim contract, Create).
         """
-        if creation := self._creating.get(container_id):
-            creation.cancel()
-            await asyncio.wait([creation])
+        if container_id in self._creating:
+            await self._give_up_creating(container_id)
             self._end_if_idle()
         container = self.container(container_id)
         try:
             return await container.delete()
         finally:
             if container_id not in self.containers:
-                self._note()
                 self._end_if_idle()
+                self._record.forget(containers=sorted({*self.containers, *self._creating}))
 
     def _end_if_idle(self) -> None:
         if self.idle:
@@ -362,9 +377,8 @@ class Sandbox:
     async def stop(self) -> None:
         """Take the VM down and free everything. Idempotent."""
         self._end()
-        for creation in self._creating.values():
-            creation.cancel()
-        await asyncio.wait([self._life, *self._creating.values()])
+        await asyncio.wait([self._life])
+        await self._give_up_creating(*self._creating)
         while self._tasks:
             await asyncio.wait(self._tasks)
         for container in list(self.containers.values()):

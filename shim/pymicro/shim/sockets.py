@@ -45,7 +45,7 @@ def bind(path: str) -> socket.socket | None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.lexists(path):
-            if _answers(path):
+            if answers(path):
                 return None
             os.unlink(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -60,7 +60,7 @@ def bind(path: str) -> socket.socket | None:
         os.close(lock)
 
 
-def _answers(path: str) -> bool:
+def answers(path: str) -> bool:
     """Tell whether a process of our own user listens at `path`."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         try:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +50,13 @@ class Record:
         """Record further facts. Raises OSError."""
         self.facts.update(facts)
         write(self.directory, self.facts)
+
+    def forget(self, **facts: "Any") -> None:
+        """Note facts that are fewer by what is gone. A disk that is full is no reason to keep anything: the record says
+        too much then, which harms nobody.
+        """
+        with suppress(OSError):
+            self.note(**facts)
 
 
 def read(run_directory: str) -> "dict[str, Any]":
