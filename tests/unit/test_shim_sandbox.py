@@ -945,6 +945,22 @@ async def test_an_exec_that_the_guest_does_not_let_go_keeps_nothing(tmp_path: Pa
         await until(lambda: p.host.nothing_left)
 
 
+@pytest.mark.parametrize("kind", [messages.INTERNAL, messages.WRONG_STATE, messages.INVALID])
+@asynchronous
+async def test_a_container_that_the_guest_does_not_let_go_is_deleted(tmp_path: Path, kind: str) -> None:
+    async with pod(tmp_path) as p:
+        await p.running("other")
+        await p.create()
+
+        async def refuses(_params: Json) -> None:
+            raise Refused(kind, "no")
+
+        p.guest.answers["delete"] = refuses
+        await p.sandbox.delete_container("c1")
+        assert p.log[-1] == "delete c1"
+        assert len(p.host.anchors) == 1, "the other's"
+
+
 @asynchronous
 async def test_an_exec_of_a_container_that_is_never_started(tmp_path: Path) -> None:
     fifo = Fifo(tmp_path / "out")
