@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pymicro.shim import state
-from pymicro.shim.errors import HookFailed, InvalidRequest, NotFound, StepTimeout
+from pymicro.shim.errors import AlreadyExists, HookFailed, InvalidRequest, NotFound, StepTimeout
 from pymicro.shim.process import Status
 
 from tests.framework.fakes import asynchronous, until
@@ -115,6 +115,29 @@ async def test_poststop_comes_when_nothing_of_the_container_is_left(tmp_path: Pa
         assert not deletion.done()
         hold.touch()
         await deletion
+
+
+@asynchronous
+async def test_who_deletes_again_waits_for_all_that_the_first_delete_does(tmp_path: Path, notes: Notes) -> None:
+    """NotFound would say that nothing is left, and with no container left the shim may be shut down."""
+    async with pod(tmp_path) as p:
+        hold = tmp_path / "hold"
+        await create(p, {"poststop": [notes.hook("poststop", f"while [ ! -e {hold} ]; do sleep 0.05; done")]})
+        deletions = [asyncio.create_task(p.sandbox.delete_container("c1"))]
+        await until(lambda: notes.kinds)
+        deletions.append(asyncio.create_task(p.sandbox.delete_container("c1")))
+        with pytest.raises(AlreadyExists):
+            await p.create()
+        assert not p.sandbox.idle
+        stopping = asyncio.create_task(p.sandbox.stop())
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in (*deletions, stopping))
+        hold.touch()
+        first, second = await asyncio.gather(*deletions)
+        await stopping
+        assert first == second
+        assert p.log == ["create c1", "delete c1"]
+        assert notes.kinds == ["poststop"]
 
 
 @pytest.mark.parametrize("kind", ["prestart", "createRuntime"])

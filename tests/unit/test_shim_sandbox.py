@@ -880,6 +880,50 @@ async def test_delete_while_it_is_being_started(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_nothing_starts_in_a_container_that_is_being_deleted(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        await p.create("other")
+        await p.create()
+        await p.add_exec()
+        go = asyncio.Event()
+
+        async def slow(params: Json) -> None:
+            await go.wait()
+            await p.guest.do_delete(params)
+
+        p.guest.answers["delete"] = slow
+        deleting = asyncio.create_task(p.sandbox.delete_container("c1"))
+        await until(lambda: "delete" in p.guest.methods())
+        for attempt in (p.sandbox.start("c1", ""), p.sandbox.start("c1", "e1"), p.add_exec("e2")):
+            with pytest.raises((WrongState, NotFound)):
+                await attempt
+        go.set()
+        assert (await deleting).exit is None
+        assert p.log[-1] == "delete c1"
+        assert "start c1" not in p.log
+
+
+@asynchronous
+async def test_who_waits_for_what_is_given_up_is_released(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        await p.create("other")
+
+        async def never(_params: Json) -> None:
+            await asyncio.sleep(3600)
+
+        p.guest.answers["create"] = never
+        creating = asyncio.create_task(p.create())
+        await until(lambda: "c1" in p.sandbox.containers)
+        waiting = asyncio.create_task(p.sandbox.container("c1").init.wait())
+        with pytest.raises(NotFound):
+            await p.sandbox.delete_container("c1")
+        assert (await asyncio.wait_for(waiting, 1)).status == 137
+        assert "exit c1 137" not in p.log
+        with pytest.raises(NotFound):
+            await creating
+
+
+@asynchronous
 async def test_delete_of_what_never_started(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         container = await p.create()

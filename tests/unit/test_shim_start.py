@@ -686,3 +686,30 @@ def test_where_containerd_takes_events(
     said.ttrpc_address, said.grpc_address = ttrpc, grpc
     arguments = Arguments(["-namespace", "ns", "-address", "/run/containerd.sock", "-id", "c1", "start"])
     assert start._ttrpc_address(arguments, said) == address
+
+
+def test_a_shim_that_takes_no_connection_any_more_is_there_all_the_same(host: Host) -> None:
+    """Whoever waits for it would hold the lock on the sockets of the whole host."""
+    path = host.socket_path("c1")
+    listener = sockets.bind(path)
+    assert listener
+    waiting = []
+    try:
+        for _ in range(300):
+            client = socket.socket(socket.AF_UNIX)
+            waiting.append(client)
+            client.setblocking(False)
+            try:
+                client.connect(path)
+            except BlockingIOError:
+                break
+        else:
+            pytest.fail("its queue is never full")
+        assert sockets.bind(path) is None
+        sockets.remove_dead(path)
+        assert os.path.exists(path)
+    finally:
+        for client in (listener, *waiting):
+            client.close()
+    sockets.remove_dead(path)
+    assert not os.path.exists(path)

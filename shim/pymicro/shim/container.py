@@ -302,6 +302,7 @@ class Container:
 
     async def _delete(self) -> Deleted:
         created = self.init.status is Status.CREATED
+        self.init.ended(0)  # from now on nothing can be started in it
         for exec_id in list(self.execs):
             with suppress(NotFound, WrongState):
                 await self.delete_exec(exec_id)
@@ -310,12 +311,17 @@ class Container:
         try:
             await self.resources.aclose()
         finally:
-            self.init.ended(0)
             for process in list(self.execs.values()):  # those of a container that was never started ran until now
                 await self._report_exit(process, KILLED)
                 await process.close(self.pod.streams, 0)
             self.pod.events.deleted(self.id, deleted.pid, deleted.exit)
         return deleted
+
+    async def free(self) -> None:
+        """Free what it has at the end of its sandbox, unless Delete is doing that: then return when it has."""
+        if self._deletion is not None:
+            await asyncio.wait([self._deletion])
+        await self.resources.aclose()
 
     def anchor_died(self) -> None:
         """Somebody killed the task's host pid: that means the container."""

@@ -181,12 +181,9 @@ def _half_made_templates(state: "dict[str, Any]") -> "list[str]":
 
 
 def _remove_socket(path: object) -> None:
-    """Remove `path` if it is a socket that nobody listens at any more, as a new shim of the same name may do: never
-    another file, whatever the record says.
-    """
+    """Remove `path` if it is a socket that nobody listens at any more: never another file, whatever the record says."""
     with suppress(OSError, ValueError):
         if isinstance(path, str) and stat.S_ISSOCK(os.lstat(path).st_mode):
-            from pymicro.shim import sockets
+            from pymicro.shim.sockets import remove_dead
 
-            if not sockets.answers(path):
-                os.unlink(path)
+            remove_dead(path)

@@ -21,7 +21,7 @@ from pymicro.shim.folder import Folder
 from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.mounting import has_device
-from pymicro.shim.process import Process
+from pymicro.shim.process import KILLED, Process
 from pymicro.shim.requests import CreateContainer, Deleted
 from pymicro.shim.state import Record
 from pymicro.shim.streams import Streams
@@ -263,10 +263,12 @@ class Sandbox:
         if plan.dropped:
             logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
         hooks = ContainerHooks(request.id, bundle, plan.hooks, self._record, limit)
-        stack.push_async_callback(hooks.deleted)  # the last thing: then nothing of the container is left
+        stack.callback(self.containers.pop, request.id, None)  # the last thing: who deletes it meanwhile waits for that
+        stack.push_async_callback(hooks.deleted)  # then nothing of the container is left
         process = Process(request.id, "", request.stdio)
         process.gate.clear()
         stack.callback(process.abandon)
+        stack.callback(process.ended, KILLED)  # who waits for what is given up; one that is deleted has its exit
         streams = await self.open_stdio(process)
         stack.push_async_callback(process.close, self.streams, 0)
         if self._death is not None:  # the place is gone, and its descriptors may be other files by now
@@ -275,7 +277,7 @@ class Sandbox:
         folder = Folder(str(self._place.directory / "share" / name))
         stack.callback(folder.remove)
         if any(has_device(mount) for mount in request.rootfs):
-            stack.push_async_callback(self._let_go, folder, plan.spec["root"]["path"])
+            stack.push_async_callback(self._let_go, request.id, folder, plan.spec["root"]["path"])
         folder.mount(request, plan)
         timeline = self._timeline if number == 1 else Timeline(begun)  # only the first one's start includes the VM's
         self._timelines[request.id] = timeline
@@ -286,7 +288,6 @@ class Sandbox:
         container.anchor = anchor.start(folder.root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         self.containers[request.id] = container
-        stack.callback(self.containers.pop, request.id, None)
 
         await hooks.creating(container.anchor.pid)
         mounted = timeline.span("hooks", mounted) if plan.hooks != guestspec.HostHooks() else mounted
@@ -319,19 +320,26 @@ class Sandbox:
         gone = set(groups).difference(cgroup.remove(groups))
         self._record.forget(container_cgroups=sorted(set(self._record.facts["container_cgroups"]) - gone))
 
-    async def _let_go(self, folder: Folder, in_guest: str) -> None:
+    def _ends_with(self, container_id: str) -> bool:
+        """Take the VM down if this container, which is being deleted, is the last: that is quicker than crun. Tell
+        whether it is.
+        """
+        if self.containers.keys() != {container_id} or self._creating:
+            return False
+        self._end()
+        return True
+
+    async def _let_go(self, container_id: str, folder: Folder, in_guest: str) -> None:
         """Unmount a file system that is the container's alone before Delete answers: clients may mount it elsewhere
         then, and it must not be mounted twice. A guest that remembers files keeps it.
         """
-        if self.idle:
-            self._end()
-        elif self._agent.done():
+        if not self._ends_with(container_id) and self._agent.done():
             with suppress(ShimError):
                 await (await self.agent()).call("release", {"path": in_guest})
         await folder.let_go()
 
     async def _delete_in_guest(self, container_id: str) -> None:
-        if self.containers.keys() == {container_id} and not self._creating:  # its VM ends with it, quicker than crun
+        if self._ends_with(container_id):
             return
         with suppress(ShimError):  # whatever the guest says, the host's part is freed
             await (await self.agent()).call("delete", {"container": container_id})
@@ -382,5 +390,5 @@ class Sandbox:
         while self._tasks:
             await asyncio.wait(self._tasks)
         for container in list(self.containers.values()):
-            await container.resources.aclose()
+            await container.free()
         self.containers.clear()

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import stat
 import struct
 
 TYPE_CHECKING = False
@@ -60,11 +61,27 @@ def bind(path: str) -> socket.socket | None:
         os.close(lock)
 
 
+def remove_dead(path: str) -> None:
+    """Remove a socket unless somebody listens there, as a new shim of the same name may do: never another file. Raises
+    OSError.
+    """
+    lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and not answers(path):
+            os.unlink(path)
+    finally:
+        os.close(lock)
+
+
 def answers(path: str) -> bool:
     """Tell whether a process of our own user listens at `path`."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
         try:
             client.connect(path)
+        except BlockingIOError:  # so many wait already (unix(7), EAGAIN), and it may never take them
+            return os.lstat(path).st_uid == os.geteuid()
         except OSError:
             return False
         return same_user(client)
