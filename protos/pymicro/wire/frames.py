@@ -9,8 +9,6 @@ from _json import encode_basestring_ascii, make_encoder, make_scanner
 PREFIX_SIZE = 4
 MAX_PAYLOAD = 16 * 1024 * 1024
 """Largest payload in bytes. An OCI spec with a long seccomp profile takes some 100 KiB; this leaves ample room."""
-
-
 MAX_FROM_GUEST = 1024 * 1024
 """Largest payload that the host takes from a guest: the pids of a container that has 100,000 processes."""
 MAX_HELLO = 4096

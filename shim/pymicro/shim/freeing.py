@@ -7,7 +7,6 @@ import fcntl
 import os
 import select
 import signal
-import stat
 import time
 from contextlib import suppress
 
@@ -183,7 +182,7 @@ def _half_made_templates(state: "dict[str, Any]") -> "list[str]":
 def _remove_socket(path: object) -> None:
     """Remove `path` if it is a socket that nobody listens at any more: never another file, whatever the record says."""
     with suppress(OSError, ValueError):
-        if isinstance(path, str) and stat.S_ISSOCK(os.lstat(path).st_mode):
+        if isinstance(path, str) and os.path.lexists(path):
             from pymicro.shim.sockets import remove_dead
 
             remove_dead(path)

@@ -6,10 +6,12 @@ import os
 import socket
 import stat
 import struct
+from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio.trsock import TransportSocket
+    from collections.abc import Iterator
 
 DIRECTORY = "/run/containerd/s"
 """Where containerd's own shims have theirs; containerd 2.3 can name another directory (`socket_dir`)."""
@@ -42,9 +44,7 @@ def bind(path: str) -> socket.socket | None:
     A leftover socket that nobody listens at is replaced. Raises OSError.
     """
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(path):
         if os.path.lexists(path):
             if answers(path):
                 return None
@@ -57,19 +57,24 @@ def bind(path: str) -> socket.socket | None:
             os.umask(mask)
         listener.listen(_BACKLOG)
         return listener
-    finally:
-        os.close(lock)
 
 
 def remove_dead(path: str) -> None:
     """Remove a socket unless somebody listens there, as a new shim of the same name may do: never another file. Raises
     OSError.
     """
+    with _alone(path):
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and not answers(path):
+            os.unlink(path)
+
+
+@contextmanager
+def _alone(path: str) -> "Iterator[None]":
+    """Hold the lock under which sockets in the directory of `path` come and go. Raises OSError."""
     lock = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if stat.S_ISSOCK(os.lstat(path).st_mode) and not answers(path):
-            os.unlink(path)
+        yield
     finally:
         os.close(lock)
 

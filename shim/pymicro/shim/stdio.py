@@ -61,29 +61,30 @@ class Stdio:
                         await output.reached(count)
                         await output.taken()
 
+    @property
+    def _outputs(self) -> list[Output]:
+        return [output for output in (self.stdout, self.stderr) if output is not None]
+
     async def closed(self, limit: float) -> None:
         """Wait until all outputs have ended, at most `limit` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
-                for output in (self.stdout, self.stderr):
-                    if output is not None:
-                        await output.closed()
+                for output in self._outputs:
+                    await output.closed()
 
     async def drain_rest(self, limit: float) -> None:
         """The guest is gone: wait until the client has read what is on the way, at most `limit` seconds."""
         self.expect_no_streams()
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
-                for output in (self.stdout, self.stderr):
-                    if output is not None:
-                        await output.closed()
-                        await output.taken()
+                for output in self._outputs:
+                    await output.closed()
+                    await output.taken()
 
     def expect_no_streams(self) -> None:
         """Outputs that the guest has not connected yet end now, so that nobody waits for them."""
-        for output in (self.stdout, self.stderr):
-            if output is not None:
-                output.expect_no_stream()
+        for output in self._outputs:
+            output.expect_no_stream()
 
     def close(self) -> None:
         """Close everything. Idempotent."""
