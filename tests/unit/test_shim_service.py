@@ -272,6 +272,41 @@ async def test_update_reaches_guest_and_host(tmp_path: Path, monkeypatch: pytest
 
 
 @asynchronous
+async def test_updates_are_done_one_by_one_and_those_of_clients_that_went_away_before_their_turn_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pod(tmp_path) as p:
+        service = TaskService(p.sandbox)
+        go = asyncio.Event()
+        written: list[object] = []
+        monkeypatch.setattr("pymicro.shim.cgroup.write_limits", lambda _, limits: written.append(limits.get("number")))
+
+        async def slow(_params: Json) -> None:
+            await go.wait()
+
+        def update(number: int) -> asyncio.Task[Empty]:
+            value = AnyMessage(type_url="types.containerd.io/x/LinuxResources", value=b'{"number":%d}' % number)
+            request = task_pb2.UpdateTaskRequest(id="c1", resources=value)
+            return asyncio.create_task(containerd.call("Update", request, Empty))
+
+        async with connected(service) as containerd:
+            await containerd.create(p)
+            p.guest.answers["update"] = slow
+            written.clear()
+            given_up = [update(number) for number in range(5)]
+            await until(lambda: "update" in p.guest.methods())
+            await asyncio.sleep(0.02)
+            assert p.guest.methods().count("update") == 1
+        await asyncio.gather(*given_up, return_exceptions=True)
+        async with connected(service) as containerd:
+            last = update(5)
+            await asyncio.sleep(0.02)
+            go.set()
+            await last
+        assert written == [0, 5]
+
+
+@asynchronous
 async def test_stats_are_packed_for_this_host(tmp_path: Path) -> None:
     async with shim(tmp_path) as (p, containerd, _):
         await containerd.create(p)

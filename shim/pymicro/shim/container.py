@@ -19,6 +19,7 @@ from pymicro.shim.guestspec import guest_process, guest_resources
 from pymicro.shim.process import KILLED, Process, Status
 from pymicro.shim.requests import Deleted, ExecProcess, ProcessInfo
 from pymicro.shim.streams import Streams
+from pymicro.shim.unbroken import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Container:
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
     _dying: bool = False
-    _freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _turns: Turns = field(default_factory=Turns)
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -228,21 +229,25 @@ class Container:
 
     async def pause(self) -> None:
         """Freeze every process. Raises WrongState."""
-        async with self._freezing:
-            self.init.require(Status.RUNNING)
-            await (await self.pod.agent()).call("pause", {"container": self.id})
-            if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
-                self.init.status = Status.PAUSED
-            self.pod.events.paused(self.id)
+        await self._turns.take(self._pause)
+
+    async def _pause(self) -> None:
+        self.init.require(Status.RUNNING)
+        await (await self.pod.agent()).call("pause", {"container": self.id})
+        if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
+            self.init.status = Status.PAUSED
+        self.pod.events.paused(self.id)
 
     async def resume(self) -> None:
         """Thaw every process. Raises WrongState."""
-        async with self._freezing:
-            self.init.require(Status.PAUSED)
-            await (await self.pod.agent()).call("resume", {"container": self.id})
-            if self.init.status is Status.PAUSED:
-                self.init.status = Status.RUNNING
-            self.pod.events.resumed(self.id)
+        await self._turns.take(self._resume)
+
+    async def _resume(self) -> None:
+        self.init.require(Status.PAUSED)
+        await (await self.pod.agent()).call("resume", {"container": self.id})
+        if self.init.status is Status.PAUSED:
+            self.init.status = Status.RUNNING
+        self.pod.events.resumed(self.id)
 
     async def pids(self) -> list[ProcessInfo]:
         """Return all processes: the init by its anchor's pid, others by their pid in the guest."""
@@ -266,7 +271,10 @@ class Container:
             await (await self.pod.agent()).call("resize", {**process.guest_id, "width": width, "height": height})
 
     async def update(self, resources: dict[str, Any]) -> None:
-        """Apply new limits. Raises WrongState for a stopped container."""
+        """Apply new limits, those of the latest call last. Raises WrongState for a stopped container."""
+        await self._turns.take(lambda: self._update(resources))
+
+    async def _update(self, resources: dict[str, Any]) -> None:
         self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
         params = {"container": self.id, "resources": guest_resources(resources)}
         await (await self.pod.agent()).call("update", params)

@@ -6,7 +6,7 @@ The same object serves containerd.task.v2 and v3, over ttrpc and over gRPC: it k
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -16,21 +16,20 @@ from pymicro.protos import task_pb2
 from pymicro.shim import metrics, translate
 from pymicro.shim.errors import NotFound, ShimError, Unsupported
 from pymicro.shim.sandbox import Sandbox
+from pymicro.shim.unbroken import unbroken
 
 logger = logging.getLogger(__name__)
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 
-Handler = Callable[[Any], Awaitable[Message]]  # takes the message type beside it in TaskService.methods()
+Handler = Callable[[Any], Coroutine[Any, Any, Message]]  # takes the message type beside it in TaskService.methods()
 
 
-def unbroken(handler: Handler) -> Handler:
+def _finished(handler: Handler) -> Handler:
     """Return `handler` so that it runs to its end even if the client that called it goes away half way."""
 
     async def run(request: Any) -> Message:  # as Handler
-        work = asyncio.ensure_future(handler(request))
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody asks
-        return await asyncio.shield(work)
+        return await unbroken(handler(request))
 
     return run
 
@@ -53,14 +52,14 @@ class TaskService:
             "Delete": (task_pb2.DeleteRequest, self.delete),
             "Exec": (task_pb2.ExecProcessRequest, self.exec),
             "Kill": (task_pb2.KillRequest, self.kill),
-            "Pause": (task_pb2.PauseRequest, self.pause),
-            "Resume": (task_pb2.ResumeRequest, self.resume),
-            "Update": (task_pb2.UpdateTaskRequest, self.update),
             "CloseIO": (task_pb2.CloseIORequest, self.close_io),
             "ResizePty": (task_pb2.ResizePtyRequest, self.resize_pty),
         }
         return {
-            **{name: (request, unbroken(handler)) for name, (request, handler) in changing.items()},
+            **{name: (request, _finished(handler)) for name, (request, handler) in changing.items()},
+            "Pause": (task_pb2.PauseRequest, self.pause),  # these three wait for their turn, and are finished then
+            "Resume": (task_pb2.ResumeRequest, self.resume),
+            "Update": (task_pb2.UpdateTaskRequest, self.update),
             "State": (task_pb2.StateRequest, self.state),
             "Pids": (task_pb2.PidsRequest, self.pids),
             "Wait": (task_pb2.WaitRequest, self.wait),
