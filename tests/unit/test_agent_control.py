@@ -97,6 +97,13 @@ def test_unknown_method_is_invalid(host: Host) -> None:
     assert host.ask("fly", {})["error"] == {"kind": messages.INVALID, "message": "no method 'fly'"}
 
 
+@pytest.mark.parametrize("head", [{"method": {}}, {"method": None}, {"now_ns": "late"}, {"now_ns": 10**30}])
+def test_a_head_that_makes_no_sense_ends_nothing(host: Host, head: Message) -> None:
+    host.send({"id": 1, "method": "fly", "params": {}, **head})
+    assert host.receive()["error"]["kind"] == messages.INVALID
+    assert host.ask("fly", {})["error"]["kind"] == messages.INVALID
+
+
 def test_defect_is_internal_and_told_in_one_line(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(agent: Agent, params: Message) -> Message:
         return {"x": params["missing"]}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 DIAL_ATTEMPTS = 20
 DIAL_PAUSE = 0.05
 """Seconds between two attempts: the host refuses for a moment when many streams are dialled at once."""
+LATEST_NS = 1 << 63
+"""Nanoseconds since the epoch that are too many for a clock."""
 
 
 def uptime_ms() -> int:
@@ -70,9 +72,10 @@ class Control:
             if not prefix:
                 return
             request: dict[str, Any] = frames.decode(self._receive(frames.payload_size(prefix)))
-            if host_ns := request.get("now_ns"):
-                clock.follow(host_ns, back=request.get("method") == "setup")
-            if request.get("method") in handlers.INLINE:
+            host_ns, method = request.get("now_ns"), request.get("method")
+            if isinstance(host_ns, int) and 0 < host_ns < LATEST_NS:
+                clock.follow(host_ns, back=method == "setup")
+            if isinstance(method, str) and method in handlers.INLINE:
                 self._answer(agent, request)
             else:
                 start_thread(self._answer, agent, request)

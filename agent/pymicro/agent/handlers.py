@@ -208,9 +208,9 @@ INLINE = frozenset({"signal", "close_stdin", "resize"})
 """Methods that never wait: run at once, in the order in which they came. The others get a thread each."""
 
 
-def find(method: str) -> "Handler":
+def find(method: object) -> "Handler":
     """Return the function that answers a method. Raises Invalid."""
-    handler = METHODS.get(method)
+    handler = METHODS.get(method) if isinstance(method, str) else None
     if handler is None:
         raise Invalid(f"no method {method!r}")
     return handler
