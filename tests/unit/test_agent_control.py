@@ -4,11 +4,12 @@ import _socket
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from pymicro.agent import clock, handlers
+from pymicro.agent import clock, control, handlers
+from pymicro.agent.container import Container
 from pymicro.agent.control import Control
 from pymicro.agent.devices import Ports
 from pymicro.agent.errors import NotFound
@@ -130,6 +131,23 @@ def test_slow_request_does_not_hold_up_others(host: Host, monkeypatch: pytest.Mo
     assert host.receive()["id"] == 2
     release.set()
     assert host.receive() == {"id": 1, "result": {}}
+
+
+def test_a_delete_that_follows_a_create_at_once_waits_for_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Create that is given up: the container must not come into being after it was deleted."""
+    done: list[str] = []
+
+    def creating_late(function: Callable[..., None], agent: Agent, request: Message, *more: object) -> None:
+        delay = 0.1 if request["method"] == "create" else 0.0
+        threading.Timer(delay, function, (agent, request, *more)).start()
+
+    monkeypatch.setattr(control, "start_thread", creating_late)
+    monkeypatch.setattr(Container, "create", lambda *_: done.append("create"))
+    monkeypatch.setattr(Container, "delete", lambda *_: done.append("delete"))
+    host.send({"id": 1, "method": "create", "params": {"container": "c", "spec": {}, "streams": {}, "terminal": False}})
+    host.send({"id": 2, "method": "delete", "params": {"container": "c"}})
+    assert [host.receive()["id"] for _ in range(2)] == [1, 2]
+    assert done == ["create", "delete"]
 
 
 def test_what_follows_a_reply_comes_after_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from pymicro.wire import frames, messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
-    from pymicro.agent.handlers import Agent
+    from pymicro.agent.handlers import Agent, Answer
 
 
 DIAL_ATTEMPTS = 20
@@ -91,10 +92,13 @@ class Control:
             view = view[count:]
         return bytes(buffer)
 
-    def _answer(self, agent: "Agent", request: "dict[str, Any]") -> None:
+    def _answer(self, agent: "Agent", request: "dict[str, Any]", rest: "Callable[[], Answer] | None" = None) -> None:
         after = None
         try:
-            result = handlers.find(request["method"])(agent, request["params"])
+            result = rest() if rest else handlers.find(request["method"])(agent, request["params"])
+            if callable(result):
+                start_thread(self._answer, agent, request, result)
+                return
             if isinstance(result, tuple):
                 result, after = result
             reply: dict[str, Any] = {"id": request["id"], "result": result}

@@ -3,7 +3,6 @@
 import time
 from _socket import sethostname
 from _struct import pack
-from _thread import allocate_lock
 from fcntl import ioctl
 
 from pymicro.agent import mounts
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 
     Params = dict[str, Any]
     Result = dict[str, Any]
-    Handler = Callable[["Agent", Params], "Result | tuple[Result, Callable[[], None]]"]
+    Answer = Result | tuple[Result, Callable[[], None]]  # and what to do when it has been sent
+    Handler = Callable[["Agent", Params], Answer | Callable[[], Answer]]  # what is left to do in a thread, if callable
 
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
@@ -40,7 +40,6 @@ class Agent:
         self.ports = ports
         self.memory = Watcher()
         self.containers: dict[str, Container] = {}
-        self.lock = allocate_lock()
 
     def find(self, params: "Params") -> Container:
         """Return the container that the parameters name. Raises NotFound."""
@@ -71,25 +70,29 @@ def add_entropy(seed: bytes) -> None:
         ioctl(device.fileno(), RNDRESEEDCRNG)
 
 
-def create(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]":
-    """Create a container. Its exit, however early, is reported after the reply."""
+def create(agent: Agent, params: "Params") -> "Callable[[], Answer]":
+    """Take a container in, so that every later request finds it; return what creates it."""
     name = checked_id(params["container"])
+    if name in agent.containers:
+        raise AlreadyExists(f"container {name} exists already")
     container = Container(agent.control, agent.reaper, agent.memory, name, params["spec"])
     container.init.gate.acquire()
-    with agent.lock:
-        if name in agent.containers:
-            raise AlreadyExists(f"container {name} exists already")
-        agent.containers[name] = container
+    agent.containers[name] = container
+    return lambda: create_taken(agent, container, params)
+
+
+def create_taken(agent: Agent, container: Container, params: "Params") -> "Answer":
+    """Create a container. Its exit, however early, is reported after the reply."""
     try:
         container.create(params["streams"], params["terminal"])
     except BaseException:
-        del agent.containers[name]
+        del agent.containers[container.id]
         container.init.gate.release()
         raise
     return {"pid": container.init.pid}, container.init.gate.release
 
 
-def start(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]":
+def start(agent: Agent, params: "Params") -> "Answer":
     """Start a created container. Its exit, however early, is reported after the reply."""
     container = agent.find(params)
     container.init.gate.acquire()
@@ -101,7 +104,7 @@ def start(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]"
     return {}, container.init.gate.release
 
 
-def start_exec(agent: Agent, params: "Params") -> "tuple[Result, Callable[[], None]]":
+def start_exec(agent: Agent, params: "Params") -> "Answer":
     """Start a further process. Its exit, however early, is reported after the reply."""
     container = agent.find(params)
     if container.init.exited:
@@ -204,7 +207,7 @@ METHODS: "dict[str, Handler]" = {
     "delete": delete,
     "release": release,
 }
-INLINE = frozenset({"signal", "close_stdin", "resize"})
+INLINE = frozenset({"create", "signal", "close_stdin", "resize"})
 """Methods that never wait: run at once, in the order in which they came. The others get a thread each."""
 
 
