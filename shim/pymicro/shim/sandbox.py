@@ -5,19 +5,19 @@ import itertools
 import logging
 import time
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from msgspec.structs import replace
 from pymicro.shim import anchor, cgroup, guestmessages, guestspec
 from pymicro.shim.agent import AgentClient
-from pymicro.shim.boot import Booted, boot, setup_message
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
 from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, InvalidRequest, NotFound, SandboxDied, ShimError
 from pymicro.shim.events import Publisher
 from pymicro.shim.folder import Folder
+from pymicro.shim.guest import Guest
 from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.mounting import has_device
@@ -28,11 +28,6 @@ from pymicro.shim.streams import Streams
 from pymicro.shim.timeline import Timeline
 
 logger = logging.getLogger(__name__)
-
-_VM_ENDS = 1.0
-"""Seconds in which a VM ends whose agent's connection has broken because of that."""
-_AUTOPSY = 3.0
-"""Seconds that an error waits for the cause of the VM's death."""
 
 
 class Sandbox:
@@ -54,21 +49,21 @@ class Sandbox:
         self._folders = itertools.count(1)
         self._timeline = timeline
         self._timelines: dict[str, Timeline] = {}
-        self._agent: asyncio.Future[AgentClient] = asyncio.get_running_loop().create_future()
-        self._death: SandboxDied | None = None
-        self._died = asyncio.Event()
-        self._guest_runs = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._record = record
-        self._ending = False
         self._place = ignition.place
-        self._life = asyncio.create_task(self._live(ignition), name="sandbox")
-        # not only in the task: one that is cancelled before its first step frees nothing
-        self._life.add_done_callback(lambda _: ignition.close())
+        self.guest = Guest(
+            sandbox_id,
+            ignition,
+            timeline,
+            take_stream=self.streams.claim,
+            note=self._note,
+            on_event=self._on_event,
+            on_death=self._lost,
+        )
 
     def __repr__(self) -> str:
-        condition = "dead" if self._death else "up" if self._agent.done() else "booting"
-        return f"<Sandbox {self.id} {condition} containers={list(self.containers)}>"
+        return f"<Sandbox {self.id} {self.guest!r} containers={list(self.containers)}>"
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` beside everything else; a failure is logged."""
@@ -83,79 +78,13 @@ class Sandbox:
 
     async def agent(self) -> AgentClient:
         """Return the agent once the VM is up. Raises why it could not start, or SandboxDied."""
-        agent = await asyncio.shield(self._agent)
-        if self._death is not None:
-            raise self._death
-        return agent
-
-    async def guest_runs(self, limit: float) -> None:
-        """Return when the guest runs, or never will, or after `limit` seconds: then there is time for more."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(limit):
-                await self._guest_runs.wait()
+        return await self.guest.agent()
 
     async def open_stdio(self, process: Process) -> dict[str, str | None]:
         """Open the stdio of `process`; return its stream tokens. Raises as Stdio.open()."""
-        return await process.open_stdio(self.streams, self._agent, self.settings.timeouts.request, self._record)
-
-    # --- the VM's life
-
-    async def _live(self, ignition: Ignition) -> None:
-        """Boot, watch, and take the VM down; in every case nobody waits for it afterwards."""
-        reason: ShimError = SandboxDied(f"sandbox {self.id!r} was stopped")
-        try:
-            with closing(ignition):
-                runs = self._guest_runs.set
-                async with boot(ignition, self.streams.claim, self._note, self._timeline, runs) as booted:
-                    reason = await self._run(booted, ignition.plan.bundle)
-                    logger.error("sandbox %s: %s", self.id, reason)
-        except ShimError as error:
-            reason = error
-            logger.error("sandbox %s cannot run: %s", self.id, reason)  # noqa: TRY400  # the message says it all
-        except asyncio.CancelledError:
-            pass
-        except Exception as error:
-            logger.exception("sandbox %s failed", self.id)
-            reason = ShimError(f"{type(error).__name__}: {error}")
-        finally:
-            self._death = reason if isinstance(reason, SandboxDied) else SandboxDied(str(reason))
-            self._died.set()
-            self._guest_runs.set()
-            if not self._agent.done():
-                self._agent.set_exception(reason)
-                self._agent.exception()  # it may be that nobody asks
-        await asyncio.gather(*(container.lost() for container in self.containers.values()))
-
-    async def _run(self, booted: Booted, bundle: Bundle) -> SandboxDied:
-        """Take the VM into use; return why it is dead."""
-        agent = AgentClient(booted.control, self._on_event, self.settings.timeouts.request)
-        try:
-            hostname = str(bundle.spec.get("hostname") or self.id)[:64]
-            begun = time.monotonic_ns()
-            try:
-                await agent.call("setup", setup_message(hostname), self.settings.timeouts.hello)
-                self._timeline.span("setup", begun)
-            except SandboxDied:
-                raise await self._watch(booted, agent) from None
-            self._agent.set_result(agent)
-            return await self._watch(booted, agent)
-        finally:
-            await agent.close()
-
-    async def _watch(self, booted: Booted, agent: AgentClient) -> SandboxDied:
-        """Return why the sandbox is dead: whichever piece went first."""
-        waits = [asyncio.create_task(wait) for wait in (booted.gone(), agent.wait_closed())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not waits[0].done():  # a dead VM breaks the agent's connection too, and its last words say more
-                await asyncio.wait(waits[:1], timeout=_VM_ENDS)
-            if waits[0].done():
-                return SandboxDied(str(waits[0].result()))
-            last_said = " | ".join(booted.vm.console()[-5:]) or "none"
-            return SandboxDied(f"{agent.ended}, but its VM goes on; the console's last lines: {last_said}")
-        finally:
-            for wait in waits:
-                wait.cancel()
+        return await process.open_stdio(
+            self.streams, self.guest.connected, self.settings.timeouts.request, self._record
+        )
 
     def _note(self, **facts: Any) -> None:
         """Record facts in the run directory, before they are true."""
@@ -179,6 +108,9 @@ class Sandbox:
         elif process.guest_status is None:  # it ends once
             process.guest_status = event.status
             self.spawn(container.exited(process, event))
+
+    async def _lost(self) -> None:
+        await asyncio.gather(*(container.lost() for container in self.containers.values()))
 
     # --- containers
 
@@ -206,18 +138,11 @@ class Sandbox:
         try:
             return await creation
         except SandboxDied as error:
-            raise await self._cause(error) from error
+            raise await self.guest.cause(error) from error
         except asyncio.CancelledError:
             if creation.cancelled() and (task := asyncio.current_task()) and not task.cancelling():
                 raise NotFound(f"container {request.id!r} was deleted while it was created") from None
             raise
-
-    async def _cause(self, error: SandboxDied) -> SandboxDied:
-        """Return why the VM died, which is known a moment after the agent's connection has broken; else `error`."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_AUTOPSY):
-                await self._died.wait()
-        return self._death or error
 
     async def _create(self, request: CreateContainer, begun: int) -> Container:
         stack = AsyncExitStack()
@@ -271,7 +196,7 @@ class Sandbox:
         stack.callback(process.ended, KILLED)  # who waits for what is given up; one that is deleted has its exit
         streams = await self.open_stdio(process)
         stack.push_async_callback(process.close, self.streams, 0)
-        if self._death is not None:  # the place is gone, and its descriptors may be other files by now
+        if self.guest.death is not None:  # the place is gone, and its descriptors may be other files by now
             await self.agent()  # raises why
         groups = self._make_cgroup(request.id, bundle, stack)
         folder = Folder(str(self._place.directory / "share" / name))
@@ -326,14 +251,14 @@ class Sandbox:
         """
         if self.containers.keys() != {container_id} or self._creating:
             return False
-        self._end()
+        self.guest.end()
         return True
 
     async def _let_go(self, container_id: str, folder: Folder, in_guest: str) -> None:
         """Unmount a file system that is the container's alone before Delete answers: clients may mount it elsewhere
         then, and it must not be mounted twice. A guest that remembers files keeps it.
         """
-        if not self._ends_with(container_id) and self._agent.done():
+        if not self._ends_with(container_id) and self.guest.connected.done():
             with suppress(ShimError):
                 await (await self.agent()).call("release", {"path": in_guest})
         await folder.let_go()
@@ -351,7 +276,7 @@ class Sandbox:
         try:
             pid = await container.start(exec_id)
         except SandboxDied as error:
-            raise await self._cause(error) from error
+            raise await self.guest.cause(error) from error
         if not exec_id:
             timeline.span("start", begun)
             timeline.log(container_id, sandbox=self.id)
@@ -374,18 +299,12 @@ class Sandbox:
 
     def _end_if_idle(self) -> None:
         if self.idle:
-            self._end()
-
-    def _end(self) -> None:
-        """Begin to take the VM down; a second call must not disturb the first."""
-        if not self._ending:
-            self._ending = True
-            self._life.cancel()
+            self.guest.end()
 
     async def stop(self) -> None:
         """Take the VM down and free everything. Idempotent."""
-        self._end()
-        await asyncio.wait([self._life])
+        self.guest.end()
+        await self.guest.wait_ended()
         await self._give_up_creating(*self._creating)
         while self._tasks:
             await asyncio.wait(self._tasks)

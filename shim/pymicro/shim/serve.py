@@ -49,7 +49,7 @@ async def serve(
     events = Publisher(start.ttrpc_address, start.namespace)
     sandbox = pod if isinstance(pod, ShimError) else Sandbox(start.sandbox_id, pod, record, events, timeline)
     if isinstance(sandbox, Sandbox):
-        await sandbox.guest_runs(_PATIENCE)  # what follows is imported while the guest finds its devices
+        await sandbox.guest.runs(_PATIENCE)  # what follows is imported while the guest finds its devices
     service, server = _task_service(sandbox, start)
     serving = asyncio.create_task(server.serve(listener), name="server")
     shutdown = asyncio.create_task(service.shutdown_requested.wait())
