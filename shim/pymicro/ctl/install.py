@@ -2,17 +2,23 @@
 
 Runs from the checkout, by any Python 3.11 and without other packages. What goes where:
 
+    <prefix>/releases/<number>/                  one installation, whole, with the following three in it:
     <prefix>/venv                                the shim and pymicroctl, with their libraries
     <prefix>/share/{vmlinux,image.erofs,*.json}  the guest's kernel and image, with their manifests
     <prefix>/bin/vhost-device-vsock              for hosts without /dev/vhost-vsock
     /usr/local/bin/                              links to the shim and to pymicroctl
     /etc/pymicro/config.toml                     the settings; a file that is there already is kept
+
+The three are links to the newest release. A pod that runs keeps the one that it began with: its shim imports from there
+until its end. The next installation removes those that nobody uses any more.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +27,10 @@ PROGRAMS = ("containerd-shim-pymicro-v1", "pymicroctl")
 LINKS = Path("/usr/local/bin")
 SETTINGS = Path("/etc/pymicro/config.toml")
 TEMPLATES = Path("/dev/shm/pymicro-templates")  # noqa: S108  # the default of templates.directory, root's alone
+
+MARK = ".pymicro"
+"""A file that says that a prefix is ours: what lies in it may be replaced and removed."""
+PARTS = ("venv", "share", "bin")
 
 SETTINGS_TEXT = """\
 # pymicro's settings. Every key has a default; docs/configuration.md explains them all.
@@ -61,21 +71,72 @@ class Target:
         return Path(f"{self.destdir}{installed}")
 
 
+class NotOurs(Exception):
+    """The prefix is a directory that has other things than an installation of pymicro in it."""
+
+
+class InUse(Exception):
+    """Processes run that belong to the installation."""
+
+
 def install(target: Target, kernel: Path, image: Path, vhost_device_vsock: Path) -> None:
-    """Install, replacing an earlier installation. Raises OSError and CalledProcessError."""
+    """Install beside an earlier installation, which stays as it is until the new one is complete; then replace it.
+
+    Raises NotOurs, OSError and CalledProcessError.
+    """
     prefix = target.path(target.prefix)
-    for name in ("venv", "share", "bin"):
-        shutil.rmtree(prefix / name, ignore_errors=True)
-    _install_python(target)
-    _install_guest(prefix / "share", kernel, image)
-    shutil.copytree(vhost_device_vsock, prefix / "share/vhost-device-vsock", symlinks=True)
-    _link(prefix / "bin/vhost-device-vsock", Path("../share/vhost-device-vsock/bin/vhost-device-vsock"))
+    _take(prefix)
+    number = max((int(name) for name in _releases(prefix)), default=0) + 1
+    release = Target(target.prefix / "releases" / str(number), target.destdir)
+    staged = target.path(release.prefix)
+    _install_python(release)
+    _install_guest(staged / "share", kernel, image)
+    shutil.copytree(vhost_device_vsock, staged / "share/vhost-device-vsock", symlinks=True)
+    _link(staged / "bin/vhost-device-vsock", Path("../share/vhost-device-vsock/bin/vhost-device-vsock"))
+    for part in PARTS:
+        if (prefix / part).is_dir() and not (prefix / part).is_symlink():  # as it was before there were releases
+            shutil.rmtree(prefix / part)
+        _link(prefix / part, Path("releases", str(number), part))
     for name in PROGRAMS:
         _link(target.path(LINKS / name), target.prefix / "venv/bin" / name)
     settings = target.path(SETTINGS)
     if not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text(SETTINGS_TEXT.format(prefix=target.prefix))
+    for name in _releases(prefix):
+        if int(name) != number and not _users(target.prefix / "releases" / name):
+            shutil.rmtree(prefix / "releases" / name)
+
+
+def _releases(prefix: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        return [name for name in os.listdir(prefix / "releases") if name.isdecimal()]
+    return []
+
+
+def _take(prefix: Path) -> None:
+    """Mark the prefix as ours, if it is or can be. Raises NotOurs, OSError."""
+    _require_ours(prefix)
+    prefix.mkdir(parents=True, exist_ok=True)
+    (prefix / MARK).touch()
+
+
+def _require_ours(prefix: Path) -> None:
+    shim = prefix / "venv/bin" / PROGRAMS[0]
+    if prefix.exists() and any(prefix.iterdir()) and not (prefix / MARK).exists() and not os.path.lexists(shim):
+        raise NotOurs(
+            f"{prefix} has other things in it than pymicro, which must not be lost: give PREFIX a directory of its own"
+        )
+
+
+def _users(directory: Path) -> list[int]:
+    """Return the pids of the processes whose command line names something below `directory`."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended
+            if f"{directory}/".encode() in Path("/proc", pid, "cmdline").read_bytes() and int(pid) != os.getpid():
+                found.append(int(pid))
+    return found
 
 
 def _install_python(target: Target) -> None:
@@ -108,18 +169,38 @@ def _install_guest(share: Path, kernel: Path, image: Path) -> None:
 
 
 def _link(link: Path, to: Path) -> None:
+    """Make a symbolic link, or let the one that is there point to another place, in one step."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(to)
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(to)
+    new.replace(link)
 
 
 def uninstall(target: Target, *, purge: bool) -> None:
-    """Remove what `install` made; the settings only with `purge`. Harmless where nothing is installed."""
+    """Remove what `install` made; the settings only with `purge`. Harmless where nothing is installed.
+
+    Raises NotOurs, and InUse while pods run: their shims and containerd need the programs.
+    """
+    prefix = target.path(target.prefix)
+    _require_ours(prefix)
+    users = [] if target.destdir else [pid for part in ("releases", *PARTS) for pid in _users(prefix / part)]
+    if users:
+        raise InUse(
+            f"{len(users)} processes of pods still run from {prefix}, such as {users[0]}: end the pods first,"
+            " `pymicroctl ps` lists them"
+        )
     for name in PROGRAMS:
         link = target.path(LINKS / name)
         if link.is_symlink() and link.readlink() == target.prefix / "venv/bin" / name:
             link.unlink()
-    shutil.rmtree(target.path(target.prefix), ignore_errors=True)
+    for part in PARTS:
+        with suppress(FileNotFoundError):
+            (prefix / part).unlink() if (prefix / part).is_symlink() else shutil.rmtree(prefix / part)
+    shutil.rmtree(prefix / "releases", ignore_errors=True)
+    (prefix / MARK).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody has put something of his own there
+        prefix.rmdir()
     if not target.destdir:  # no VM that runs needs them
         shutil.rmtree(TEMPLATES, ignore_errors=True)
     if purge:
@@ -159,7 +240,7 @@ def main() -> int:
         if len(options.artefacts) != 3:
             parser.error("install needs a kernel, an image and the directory of vhost-device-vsock")
         install(target, *options.artefacts)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (NotOurs, InUse, OSError, subprocess.CalledProcessError) as error:
         print(f"{options.verb}: {error}", file=sys.stderr)
         return 1
     if not options.destdir:
