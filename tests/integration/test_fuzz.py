@@ -166,7 +166,7 @@ def test_the_control_connections_end_in_the_guest(
     for name in ("setup", "create", "exec"):  # these would change this host
         monkeypatch.delitem(handlers.METHODS, name)
     requests = Requests()
-    monkeypatch.setattr(control, "start_thread", requests.start)
+    monkeypatch.setattr(control, "run_apart", requests.start)
     monkeypatch.setattr(clock, "follow", lambda _host_ns, *, back: None)  # as would this
     messages = framed(TO_GUEST, total, SEED)
     answers = 0

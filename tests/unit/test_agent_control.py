@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from pymicro.agent import clock, control, handlers
+from pymicro.agent import clock, concurrency, control, handlers
 from pymicro.agent.container import Container
 from pymicro.agent.control import Control
 from pymicro.agent.devices import Ports
-from pymicro.agent.errors import NotFound
+from pymicro.agent.errors import NotFound, RuntimeFailed
 from pymicro.agent.handlers import Agent
+from pymicro.agent.memory import Watcher
+from pymicro.agent.process import Process
 from pymicro.agent.reaper import Reaper
 from pymicro.wire import frames, messages
 
 Message = dict[str, Any]
+
+EXEC = {"container": "c", "exec": "e"}
 
 
 class Host:
@@ -141,13 +145,91 @@ def test_a_delete_that_follows_a_create_at_once_waits_for_it(host: Host, monkeyp
         delay = 0.1 if request["method"] == "create" else 0.0
         threading.Timer(delay, function, (agent, request, *more)).start()
 
-    monkeypatch.setattr(control, "start_thread", creating_late)
+    monkeypatch.setattr(control, "run_apart", creating_late)
     monkeypatch.setattr(Container, "create", lambda *_: done.append("create"))
     monkeypatch.setattr(Container, "delete", lambda *_: done.append("delete"))
     host.send({"id": 1, "method": "create", "params": {"container": "c", "spec": {}, "streams": {}, "terminal": False}})
     host.send({"id": 2, "method": "delete", "params": {"container": "c"}})
     assert [host.receive()["id"] for _ in range(2)] == [1, 2]
     assert done == ["create", "delete"]
+
+
+def test_a_vm_without_threads_answers_all_the_same(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workload may have taken them all; the end of this loop would be the VM's."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(concurrency, "start_new_thread", refuse)
+    monkeypatch.setattr(Container, "create", refuse)
+    parameters = {"container": "c", "spec": {}, "streams": {}, "terminal": False}
+    for _ in range(2):
+        assert "can't start new thread" in host.ask("create", parameters)["error"]["message"]
+    assert host.ask("stats", {"container": "c"})["error"]["kind"] == messages.NOT_FOUND
+
+
+def test_answers_that_the_host_would_not_take(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the VM for them."""
+
+    def pids(agent: Agent, params: Message) -> Message:
+        return {"pids": "x" * frames.MAX_FROM_GUEST}
+
+    def start(agent: Agent, params: Message) -> Message:
+        raise NotFound("x" * (2 << 20))
+
+    monkeypatch.setitem(handlers.METHODS, "pids", pids)
+    monkeypatch.setitem(handlers.METHODS, "start", start)
+    error = host.ask("pids", {})["error"]
+    assert error["kind"] == messages.INTERNAL
+    assert str(frames.MAX_FROM_GUEST) in error["message"]
+    error = host.ask("start", {})["error"]
+    assert (error["kind"], len(error["message"])) == (messages.NOT_FOUND, control.LONGEST_MESSAGE)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_exec_that_the_host_gives_up_does_not_run(
+    host: Host, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    container = Container(host.control, Reaper(), Watcher(), "c", {})
+    host.agent.containers["c"] = container
+    launched, killed = threading.Event(), []
+
+    def launch(process: Process, *_: object) -> None:
+        launched.wait(10)
+        process.pid = 1 << 30
+
+    monkeypatch.setattr(Process, "launch", launch)
+    monkeypatch.setattr(Process, "watch", lambda *_: None)
+    monkeypatch.setattr(Process, "send_signal", lambda process, number: killed.append((process.pid, number)))
+    monkeypatch.setattr("pymicro.agent.container.write_json", lambda *_: None)
+    monkeypatch.setattr("pymicro.agent.container.EXEC_EXIT_LIMIT", 0.01)
+    host.send(
+        {"id": 1, "method": "exec", "params": {**EXEC, "process": {"args": ["x"]}, "streams": {}, "terminal": False}}
+    )
+    if started:
+        launched.set()
+        assert host.receive()["result"] == {"pid": 1 << 30}
+    host.send({"id": 2, "method": "delete", "params": {**EXEC, "kill": True}})
+    assert host.receive() == {"id": 2, "result": {}}
+    launched.set()
+    if not started:
+        assert "given up" in host.receive()["error"]["message"]
+    assert killed == [(1 << 30, 9)]
+    assert container.execs == {}
+
+
+def test_a_delete_that_fails_leaves_the_id_free(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeFailed("cannot fork")
+
+    monkeypatch.setattr("pymicro.agent.crun.Crun.run", fail)
+    monkeypatch.setattr(Process, "close", lambda process: closed.append(process.container))
+    host.agent.containers["c"] = Container(host.control, Reaper(), Watcher(), "c", {})
+    assert host.ask("delete", {"container": "c"})["error"] == {"kind": messages.RUNTIME, "message": "cannot fork"}
+    assert closed == ["c"]
+    assert host.agent.containers == {}
 
 
 def test_what_follows_a_reply_comes_after_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from pymicro.agent import streams
 from pymicro.agent.streams import InputPump, OutputPump, Pump
 
 
@@ -20,7 +21,7 @@ class Wire:
         self._near = near.detach()
         self.host.settimeout(10)
 
-    def dial(self) -> _socket.socket:
+    def dial(self, _given_up: object = None) -> _socket.socket:
         return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, self._near)
 
 
@@ -62,7 +63,7 @@ def write_all(fd: int, data: bytes) -> None:
 def test_output_arrives_and_is_counted(wire: Wire) -> None:
     read, write = os.pipe()
     ends: list[int] = []
-    pump = OutputPump(wire.dial, read, terminal=False, on_end=ends.append)
+    pump = OutputPump(wire.dial, read, lives=None, on_end=ends.append)
     thread = started(pump)
     data = os.urandom(3_000_000)
     writer = threading.Thread(target=write_all, args=(write, data))
@@ -81,7 +82,7 @@ def test_output_arrives_and_is_counted(wire: Wire) -> None:
 
 def test_output_is_held_back_and_not_stored(wire: Wire) -> None:
     read, write = os.pipe()
-    pump = OutputPump(wire.dial, read, terminal=False, on_end=lambda _: None)
+    pump = OutputPump(wire.dial, read, lives=None, on_end=lambda _: None)
     started(pump)
     os.set_blocking(write, False)
     total = 0
@@ -99,7 +100,7 @@ def test_output_is_held_back_and_not_stored(wire: Wire) -> None:
 
 def test_drained_means_counted(wire: Wire) -> None:
     read, write = os.pipe()
-    pump = OutputPump(wire.dial, read, terminal=False, on_end=lambda _: None)
+    pump = OutputPump(wire.dial, read, lives=None, on_end=lambda _: None)
     started(pump)
     for round_number in range(1, 200):
         os.write(write, b"x" * 100)
@@ -112,7 +113,7 @@ def test_drained_means_counted(wire: Wire) -> None:
 def test_output_goes_on_when_the_host_is_gone(wire: Wire) -> None:
     """The process must not block for ever on a pipe that nobody reads."""
     read, write = os.pipe()
-    pump = OutputPump(wire.dial, read, terminal=False, on_end=lambda _: None)
+    pump = OutputPump(wire.dial, read, lives=None, on_end=lambda _: None)
     thread = started(pump)
     wire.host.close()
     write_all(write, bytes(1_000_000))
@@ -122,11 +123,11 @@ def test_output_goes_on_when_the_host_is_gone(wire: Wire) -> None:
 
 
 def test_dial_that_fails_drops_the_output() -> None:
-    def refuse() -> _socket.socket:
+    def refuse(_given_up: object) -> _socket.socket:
         raise ConnectionRefusedError
 
     read, write = os.pipe()
-    thread = started(OutputPump(refuse, read, terminal=False, on_end=lambda _: None))
+    thread = started(OutputPump(refuse, read, lives=None, on_end=lambda _: None))
     write_all(write, bytes(1_000_000))
     thread.join(10)
     assert not thread.is_alive()
@@ -135,7 +136,7 @@ def test_dial_that_fails_drops_the_output() -> None:
 @pytest.mark.parametrize("stuck", [False, True])
 def test_abort_ends_an_output(wire: Wire, stuck: bool) -> None:
     read, write = os.pipe()
-    pump = OutputPump(wire.dial, read, terminal=False, on_end=lambda _: None)
+    pump = OutputPump(wire.dial, read, lives=None, on_end=lambda _: None)
     thread = started(pump)
     if stuck:
         os.set_blocking(write, False)
@@ -154,13 +155,39 @@ def test_terminal_output(wire: Wire) -> None:
     master, slave = pty.openpty()
     os.set_blocking(master, False)
     ends: list[int] = []
-    started(OutputPump(wire.dial, master, terminal=True, on_end=ends.append))
+    alive = threading.Event()
+    started(OutputPump(wire.dial, master, lives=alive.is_set, on_end=ends.append))
     os.write(slave, b"hello\n")
     assert receive(wire.host, 7) == b"hello\r\n"
     os.write(slave, b"x" * 3000)
     os.close(slave)
     assert receive(wire.host, 3000) == b"x" * 3000
     wait_for(lambda: ends == [3007])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_terminal_that_its_process_closes_and_opens_again_goes_on(wire: Wire, wanted: bool) -> None:
+    """As systemd does, and whatever writes to /dev/console now and then; unwanted output is read all the same."""
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    name = os.ttyname(slave)
+    alive = threading.Event()
+    alive.set()
+    ends: list[int] = []
+    pump = OutputPump(wire.dial if wanted else lambda _: None, master, lives=alive.is_set, on_end=ends.append)
+    thread = started(pump)
+    os.write(slave, b"one\n")
+    os.close(slave)
+    time.sleep(3 * streams.TERMINAL_PAUSE)
+    slave = os.open(name, os.O_WRONLY | os.O_NOCTTY)
+    write_all(slave, b"x" * 50_000)
+    alive.clear()
+    if wanted:
+        assert receive(wire.host, 5 + 50_000) == b"one\r\n" + b"x" * 50_000
+        wait_for(lambda: ends == [5 + 50_000])
+        wire.host.close()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_input_ends_at_its_count_told_before(wire: Wire) -> None:

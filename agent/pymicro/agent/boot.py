@@ -19,6 +19,7 @@ OPEN_FILES = 1048576
 SYSCTLS = (
     ("/proc/sys/kernel/pid_max", "4194304"),
     ("/proc/sys/vm/max_map_count", "1048576"),
+    ("/proc/sys/fs/nr_open", "1073741816"),  # the most that the kernel takes
 )
 """Where the kernel's defaults are lower than what systemd gives the hosts that containers are tested on."""
 

@@ -22,14 +22,18 @@ STATS_FILES = (
 """What containerd's cgroup metrics, v1 and v2, are made of; hugetlb.* comes on top."""
 
 SIGKILL = 9
+RESERVED_THREADS = 256
+"""Threads of the VM that containers cannot take from the agent, which needs one for each request and each stream."""
 
 
 def prepare() -> None:
-    """Enable every controller for the containers' parent group. Raises OSError."""
+    """Enable every controller for the containers' parent group, and bound the threads in it. Raises OSError."""
     files.make_directories(ROOT + PARENT)
     for group in (ROOT, ROOT + PARENT):
         controllers = files.read_text(f"{group}/cgroup.controllers").split()
         files.write_text(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
+    most = int(files.read_text("/proc/sys/kernel/threads-max"))  # of the whole VM, by its memory; it binds root as well
+    files.write_text(f"{ROOT}{PARENT}/pids.max", str(max(most - RESERVED_THREADS, most // 2)))
 
 
 def groups(group: str) -> "Iterator[str]":

@@ -25,6 +25,15 @@ def start_thread(function: "Callable[..., None]", *arguments: object) -> None:
     start_new_thread(_guarded, (function, arguments))
 
 
+def run_apart(function: "Callable[..., None]", *arguments: object) -> None:
+    """Run the function in a thread of its own; in this one where the VM has no more: late is better than never."""
+    try:
+        start_thread(function, *arguments)
+    except RuntimeError as error:
+        log(f"no thread for {function}: {error}")
+        _guarded(function, arguments)
+
+
 def _guarded(function: "Callable[..., None]", arguments: "tuple[object, ...]") -> None:
     try:
         function(*arguments)

@@ -1,10 +1,10 @@
 """One container: its bundle and cgroup in the guest, its init and its execs, and the steps of their lives."""
 
-import posix
 import time
 from _thread import allocate_lock
 
 from pymicro.agent import cgroups, files
+from pymicro.agent.concurrency import log
 from pymicro.agent.crun import Crun, in_runc_words
 from pymicro.agent.errors import AlreadyExists, NotFound, RuntimeFailed, WrongState
 from pymicro.agent.memory import Watch
@@ -106,7 +106,10 @@ class Container:
             self._crun.run("delete", "--force", self.id)
         except RuntimeFailed:  # it may never have existed
             pass
-        cgroups.remove(self._group)
+        try:
+            cgroups.remove(self._group)
+        except OSError as error:  # why it could not be created matters more
+            log(f"{self!r}: {error}")
         files.remove_tree(self.directory)
 
     def start(self) -> None:
@@ -123,7 +126,6 @@ class Container:
     def start_exec(self, process: Process, spec: "dict[str, Any]", streams: "Streams", terminal: bool) -> None:
         """Run `crun exec` for a process made by `add_exec`. Nothing is left of it if that raises."""
         spec_file = f"{self.directory}/exec-{process.exec_id}.json"
-        write_json(spec_file, spec)
 
         def command(pid_file: str, console_socket: str, stdio: "tuple[int, int, int] | None") -> None:
             options = ["--console-socket", console_socket] if console_socket else []
@@ -133,8 +135,10 @@ class Container:
 
         self._reaper.expect()
         try:
+            write_json(spec_file, spec)
             process.launch(streams, terminal, self.directory, command)
             process.watch(self._look_at_memory)
+            self._require_wanted(process)
         except BaseException as error:
             self.forget_exec(process)
             if self.init.exited:
@@ -144,7 +148,7 @@ class Container:
             raise
         finally:
             self._reaper.forget()
-            posix.unlink(spec_file)
+            files.unlink(spec_file)
 
     def add_exec(self, exec_id: str) -> Process:
         """Return a new process. Raises AlreadyExists."""
@@ -154,6 +158,31 @@ class Container:
             process = Process(self._control, self._reaper, self.id, exec_id)
             self.execs[exec_id] = process
             return process
+
+    def end_exec(self, process: Process) -> None:
+        """Kill an exec, as soon as it has been started if that is still going on, and forget it."""
+        with self._lock:
+            process.unwanted = True
+            starting = not process.pid
+        if not starting:
+            self._kill(process)
+            process.reported.wait(EXEC_EXIT_LIMIT)
+            self.forget_exec(process)
+
+    @staticmethod
+    def _kill(process: Process) -> None:
+        try:  # noqa: SIM105  # contextlib is not imported
+            process.send_signal(cgroups.SIGKILL)
+        except NotFound:
+            pass
+
+    def _require_wanted(self, process: Process) -> None:
+        """End an exec that the host has given up meanwhile. Raises WrongState then."""
+        with self._lock:
+            unwanted = process.unwanted
+        if unwanted:
+            self._kill(process)
+            raise WrongState(f"exec {process.exec_id} was given up while it was started")
 
     def forget_exec(self, process: Process) -> None:
         """Close an exec's streams and forget it."""
@@ -206,15 +235,19 @@ class Container:
         return cgroups.stats(self._group)
 
     def delete(self) -> None:
-        """Kill what is left, run `crun delete` and remove every trace. Raises RuntimeFailed, OSError."""
+        """Kill what is left, run `crun delete` and remove every trace, whatever of it fails. Raises RuntimeFailed,
+        OSError.
+        """
         self._forget_memory()
-        self._crun.run("delete", "--force", self.id)
-        cgroups.remove(self._group)
-        if self.init.pid:
-            self.init.reported.wait(EXEC_EXIT_LIMIT)
-        for process in (*self.execs.values(), self.init):
-            process.close()
-        files.remove_tree(self.directory)
+        try:
+            self._crun.run("delete", "--force", self.id)
+            cgroups.remove(self._group)
+            if self.init.pid:
+                self.init.reported.wait(EXEC_EXIT_LIMIT)
+        finally:
+            for process in (*list(self.execs.values()), self.init):
+                process.close()
+            files.remove_tree(self.directory)
 
 
 def first_word(process: "dict[str, Any] | None") -> str:

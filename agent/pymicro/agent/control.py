@@ -6,7 +6,7 @@ import time
 from _thread import allocate_lock
 
 from pymicro.agent import clock, handlers, vsock
-from pymicro.agent.concurrency import log, start_thread
+from pymicro.agent.concurrency import log, run_apart
 from pymicro.agent.errors import RequestError, summary
 from pymicro.wire import frames, messages
 
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from pymicro.agent.handlers import Agent, Answer
 
 
-DIAL_ATTEMPTS = 20
+DIAL_ATTEMPTS = 600
 DIAL_PAUSE = 0.05
-"""Seconds between two attempts: the host refuses for a moment when many streams are dialled at once."""
+"""Seconds between two attempts: the host refuses for a while when many streams are dialled at once, or when it has
+other things to do. What is not dialled is lost.
+"""
+LONGEST_MESSAGE = 4096
+"""Characters of an error: a program's name, which crun repeats, may be longer than what the host takes."""
 LATEST_NS = 1 << 63
 """Nanoseconds since the epoch that are too many for a clock."""
 
@@ -56,9 +60,11 @@ class Control:
         with self._write_lock:
             vsock.send_all(self._connection, frame)
 
-    def dial_stream(self, token: str) -> _socket.socket:
-        """Return a stream connection that has said its token. Raises OSError."""
+    def dial_stream(self, token: str, given_up: "Callable[[], bool]") -> _socket.socket:
+        """Return a stream connection that has said its token. Raises OSError, also when it is `given_up` meanwhile."""
         for _ in range(DIAL_ATTEMPTS):
+            if given_up():
+                break
             connection = vsock.dial(self._cid)
             if connection:
                 connection.sendall(frames.encode({"hello": "stream", "token": token}))
@@ -79,7 +85,16 @@ class Control:
             if isinstance(method, str) and method in handlers.INLINE:
                 self._answer(agent, request)
             else:
-                start_thread(self._answer, agent, request)
+                run_apart(self._answer, agent, request)
+
+    def _send_reply(self, reply: "dict[str, Any]") -> None:
+        """Send a reply, or that it is more than the host takes: that would end the VM."""
+        frame = frames.encode(reply)
+        if len(frame) > frames.PREFIX_SIZE + frames.MAX_FROM_GUEST:
+            text = f"the answer has {len(frame)} bytes, the host takes {frames.MAX_FROM_GUEST}"
+            frame = frames.encode({"id": reply["id"], "error": {"kind": messages.INTERNAL, "message": text}})
+        with self._write_lock:
+            vsock.send_all(self._connection, frame)
 
     def _receive(self, size: int) -> bytes:
         """Return exactly `size` bytes, or nothing at the end of the connection."""
@@ -97,14 +112,14 @@ class Control:
         try:
             result = rest() if rest else handlers.find(request["method"])(agent, request["params"])
             if callable(result):
-                start_thread(self._answer, agent, request, result)
+                run_apart(self._answer, agent, request, result)
                 return
             if isinstance(result, tuple):
                 result, after = result
             reply: dict[str, Any] = {"id": request["id"], "result": result}
         except Exception as error:  # noqa: BLE001  # a defect is the host's to know, not a reason to die
             reply = {"id": request.get("id", 0), "error": error_body(request, error)}
-        self.send(reply)
+        self._send_reply(reply)
         if after:
             after()
 
@@ -112,7 +127,7 @@ class Control:
 def error_body(request: "dict[str, Any]", error: Exception) -> "dict[str, str]":
     """Return the reply's error for an exception; what we did not foresee goes to the console as well."""
     if isinstance(error, RequestError):
-        return {"kind": error.kind, "message": str(error)}
-    text = f"{request.get('method')}: {summary(error)}"
+        return {"kind": error.kind, "message": str(error)[:LONGEST_MESSAGE]}
+    text = f"{request.get('method')}: {summary(error)}"[:LONGEST_MESSAGE]
     log(f"defect: {text}")
     return {"kind": messages.INTERNAL, "message": text}

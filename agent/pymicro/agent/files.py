@@ -43,6 +43,14 @@ def make_directories(path: str, mode: int = 0o755) -> None:
         posix.mkdir(path, mode)
 
 
+def unlink(path: str) -> None:
+    """Remove a file; a missing one is fine. Raises OSError."""
+    try:  # noqa: SIM105  # contextlib is not imported
+        posix.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 def remove_tree(path: str) -> None:
     """Remove a directory of our own with all that is in it; a missing one is fine. Raises OSError."""
     try:

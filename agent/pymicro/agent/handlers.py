@@ -111,7 +111,11 @@ def start_exec(agent: Agent, params: "Params") -> "Answer":
         raise WrongState("the container's init has exited")
     process = container.add_exec(checked_id(params["exec"]))
     process.gate.acquire()
-    container.start_exec(process, params["process"], params["streams"], params["terminal"])
+    try:
+        container.start_exec(process, params["process"], params["streams"], params["terminal"])
+    except BaseException:
+        process.gate.release()
+        raise
     return {"pid": process.pid}, process.gate.release
 
 
@@ -162,16 +166,19 @@ def stats(agent: Agent, params: "Params") -> "Result":
 
 
 def delete(agent: Agent, params: "Params") -> "Result":
-    """Remove an exited exec, or a container with all that still runs in it."""
+    """Remove an exec that has exited or is to be killed, or a container with all that still runs in it."""
     with agent.find(params).init.gate:  # a create that is given up on the host ends first
         pass
     container = agent.find(params)
     exec_id = params.get("exec")
     if exec_id is None:
-        container.delete()
         agent.containers.pop(container.id, None)
+        container.delete()
         return {}
     process = container.find(exec_id)
+    if params.get("kill"):
+        container.end_exec(process)
+        return {}
     if not process.exited:
         raise WrongState(f"exec {exec_id} of container {container.id} is still running")
     container.forget_exec(process)

@@ -6,8 +6,8 @@ from _struct import pack
 from _thread import allocate_lock
 from fcntl import ioctl
 
-from pymicro.agent import console
-from pymicro.agent.concurrency import Event, start_thread
+from pymicro.agent import console, files
+from pymicro.agent.concurrency import Event, log, run_apart, start_thread
 from pymicro.agent.errors import Invalid, NotFound
 from pymicro.agent.streams import InputPump, OutputPump, Pump
 
@@ -40,6 +40,8 @@ class Process:
         self.gate = allocate_lock()
         """Held while a reply about this process is under way: its exit is reported after that."""
         self.exited = False
+        self.unwanted = False
+        """The host has given it up while it was being started."""
         self._control = control
         self._reaper = reaper
         self._stdin: InputPump | None = None
@@ -72,9 +74,13 @@ class Process:
             self.close()
             raise
         finally:
-            _unlink(pid_file)
+            files.unlink(pid_file)
         for pump in self._pumps():
-            start_thread(pump.run)
+            try:
+                start_thread(pump.run)
+            except RuntimeError as error:  # the process runs already, and goes on without
+                log(f"{self!r} loses a stream: {error}")
+                pump.discard()
 
     def _launch_pipes(self, streams: "Streams", pid_file: str, command: "Callable[..., None]") -> None:
         null = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)
@@ -105,7 +111,7 @@ class Process:
             master = console.receive(listener)
         finally:
             listener.close()
-            _unlink(socket_path)
+            files.unlink(socket_path)
         posix.set_blocking(master, False)
         self._console = master
         if streams["stdin"]:
@@ -113,16 +119,19 @@ class Process:
         self._add_output("stdout", streams["stdout"], posix.dup(master), terminal=True)
 
     def _add_input(self, token: str, local: int) -> None:
-        self._stdin = InputPump(lambda: self._control.dial_stream(token), local)
+        self._stdin = InputPump(lambda given_up: self._control.dial_stream(token, given_up), local)
 
     def _add_output(self, stream: str, token: "str | None", local: int, *, terminal: bool) -> None:
         def end(count: int) -> None:
             self._send_event("eof", stream=stream, bytes=count)
 
-        def connect() -> "socket | None":
-            return self._control.dial_stream(token) if token else None
+        def connect(given_up: "Callable[[], bool]") -> "socket | None":
+            return self._control.dial_stream(token, given_up) if token else None
 
-        self._outputs[stream] = OutputPump(connect, local, terminal, end)
+        def lives() -> bool:
+            return not self.exited
+
+        self._outputs[stream] = OutputPump(connect, local, lives if terminal else None, end)
 
     def _pumps(self) -> "list[Pump]":
         return [*([self._stdin] if self._stdin else ()), *self._outputs.values()]
@@ -134,7 +143,7 @@ class Process:
 
     def _take_exit(self, status: int) -> None:
         self.exited = True
-        start_thread(self._report, status)
+        run_apart(self._report, status)
 
     def _report(self, status: int) -> None:
         with self.gate:
@@ -180,10 +189,3 @@ class Process:
 
 def _pipe() -> "tuple[int, int]":
     return posix.pipe2(posix.O_CLOEXEC)
-
-
-def _unlink(path: str) -> None:
-    try:  # noqa: SIM105  # contextlib is not imported
-        posix.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -10,6 +10,7 @@ that waits for that lock cannot even be killed.
 
 import posix
 import select
+import time
 from _socket import SHUT_RDWR, socket
 from _thread import allocate_lock
 
@@ -20,11 +21,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Connect = Callable[[], "socket | None"]
+    Connect = Callable[[Callable[[], bool]], "socket | None"]  # called with what tells whether it is given up
 
 TERMINAL_CHUNK = 1 << 16
 LOST = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 DISCARD_CHECK_MS = 500
+TERMINAL_PAUSE = 0.05
+"""Seconds between two looks at a terminal that nobody has open: the process may open it again."""
 
 
 class Pump:
@@ -64,7 +67,7 @@ class Pump:
     def run(self) -> None:
         """Dial, move bytes until the end, close everything. The pump's thread runs this."""
         try:
-            connection = self._connect()
+            connection = self._connect(lambda: self._aborted)
             if connection is None:
                 self._discard()
                 return
@@ -101,10 +104,14 @@ class Pump:
 class OutputPump(Pump):
     """Moves what a process writes to the host."""
 
-    def __init__(self, connect: "Connect", local: int, terminal: bool, on_end: "Callable[[int], None]") -> None:
-        """`on_end` is called with the number of bytes sent once the last writer has closed its end."""
+    def __init__(
+        self, connect: "Connect", local: int, lives: "Callable[[], bool] | None", on_end: "Callable[[int], None]"
+    ) -> None:
+        """`on_end` is called with the number of bytes sent once the last writer has closed its end. For a terminal
+        `lives` tells whether its process does: until then it may be closed and opened again.
+        """
         super().__init__(connect, local)
-        self._terminal = terminal
+        self._lives = lives
         self._on_end = on_end
         self._moving = False
         self.sent = 0
@@ -134,7 +141,7 @@ class OutputPump(Pump):
         """Move what is there; False at the end of file."""
         self._moving = True
         try:
-            return self._read_terminal(connection) if self._terminal else self._splice(connection)
+            return self._read_terminal(connection, self._lives) if self._lives else self._splice(connection)
         finally:
             self._moving = False
 
@@ -154,17 +161,24 @@ class OutputPump(Pump):
             self.sent += count
             stuck = False
 
-    def _read_terminal(self, connection: socket) -> bool:
+    def _read_terminal(self, connection: socket, lives: "Callable[[], bool]") -> bool:
         if not readable(self._local):
             return True
         try:
             data = posix.read(self._local, TERMINAL_CHUNK)
         except BlockingIOError:
             return True
-        except OSError:  # EIO: nobody has the terminal open any more
-            return False
+        except OSError:  # EIO: nobody has the terminal open
+            return not self._aborted and self._may_be_opened(lives)
         self._send_all(connection, data)
         return bool(data)
+
+    def _may_be_opened(self, lives: "Callable[[], bool]") -> bool:
+        """Tell, after a while, whether a terminal that nobody has open may have been opened again."""
+        alive = lives()
+        if alive:
+            time.sleep(TERMINAL_PAUSE)
+        return alive
 
     def _send_all(self, connection: socket, data: bytes) -> None:
         while data:
@@ -184,12 +198,13 @@ class OutputPump(Pump):
         self.ended = True
         poller = select.poll()
         poller.register(self._local, select.POLLIN)
-        try:
-            while not self._aborted:
+        while not self._aborted:
+            try:
                 if poller.poll(DISCARD_CHECK_MS) and not posix.read(self._local, TERMINAL_CHUNK):
                     return
-        except OSError:  # EIO: the end of a terminal
-            return
+            except OSError:  # EIO, of a terminal
+                if not self._lives or not self._may_be_opened(self._lives):
+                    return
 
 
 class InputPump(Pump):

@@ -86,6 +86,7 @@ if TYPE_CHECKING:
 
         container: str
         exec: NotRequired["str | None"]
+        kill: NotRequired[bool]  # `delete` of an exec: also one that runs, or is being started
 
     class Release(TypedDict):
         """`release`: the host is going to unmount the root filesystem that the guest sees at `path`. Result: {}."""
