@@ -20,7 +20,7 @@ LIMIT      ?= 1800
 
 # -- names used below --------------------------------------------------------------------------------------------------
 # Root is needed for apt and for containers. Another user's sudo keeps that user's cache.
-KEPT   := CLOUD_HYPERVISOR,CLOUD_HYPERVISOR_API,PYMICRO_CACHE,PYMICRO_DEBIAN_MIRROR,PYMICRO_IMAGE,PYMICRO_KERNEL,XDG_CACHE_HOME,KERNEL_SOURCE,CI
+KEPT   := CLOUD_HYPERVISOR,CLOUD_HYPERVISOR_API,DEBIAN_MIRROR,DEBIAN_SECURITY_MIRROR,PYMICRO_CACHE,PYMICRO_DEBIAN_MIRROR,PYMICRO_IMAGE,PYMICRO_KERNEL,XDG_CACHE_HOME,KERNEL_SOURCE,CI
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=$(KEPT) HOME=$(HOME))
 VENV   := .venv/bin
 HOST   := $(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(PYTHON)

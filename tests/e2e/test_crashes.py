@@ -58,6 +58,7 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(ctr: Ctr, leftover
         pytest.skip("this host's kernel has vhost-vsock, so there is no such process")
     with listening(ctr.containerd) as events:
         container = ctr.start(*SLEEP)
+        pid = container.pid
         waiter = attached(ctr, "tasks", "exec", "--exec-id", "other", container.id, *SLEEP)
         eventually(lambda: "other" in ctr("tasks", "ps", container.id).stdout, "the exec runs", 10)
         time.sleep(seconds(STARTED))
@@ -75,6 +76,7 @@ def test_a_killed_process_ends_the_container_and_all_who_wait(ctr: Ctr, leftover
     assert [str(event) for event in events.of(container.id) if event.kind == "exit"].count(
         f"exit {container.id} {KILLED}"
     ) == 1
+    assert {each.content["pid"] for each in events.of(container.id) if each.process == container.id} == {pid}
     container.remove()
     leftovers.check()
 

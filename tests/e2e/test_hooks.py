@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.framework import busybox
 from tests.framework.ctr import Completed, Ctr
 from tests.framework.leftovers import Leftovers
 from tests.framework.sandbox import SHIM, Sandbox, eventually
+from tests.framework.specs import Spec, run_arguments
 from tests.framework.waiting import seconds
 
 Hook = dict[str, Any]  # JSON of the runtime-spec
@@ -32,8 +32,6 @@ class Hooked:
     def __init__(self, ctr: Ctr, directory: Path) -> None:
         self.ctr = ctr
         self.directory = directory
-        self.root = directory / "root"
-        busybox.write_root(self.root)
 
     def hook(self, kind: str, then: str = "", **more: object) -> Hook:
         """Return a hook of the host's that takes its note and then does as it is told."""
@@ -46,16 +44,12 @@ class Hooked:
 
     def arguments(self, *command: str, hooks: dict[str, list[Hook]], detach: bool = False) -> list[str]:
         """Return what `ctr` is to be called with."""
-        container_id = self.ctr.new_id()
-        spec = json.loads(self.ctr("oci", "spec").stdout)
-        spec["root"] = {"path": str(self.root)}
-        spec["process"] |= {"args": list(command), "env": ["PATH=/bin"], "terminal": False}
-        spec["linux"]["cgroupsPath"] = f"/{self.ctr.containerd.namespace}/{container_id}"
-        spec["hooks"] = hooks
-        file = self.directory / "spec.json"
-        file.write_text(json.dumps(spec))
-        how = ("--detach", "--null-io") if detach else ("--rm",)
-        return ["run", *how, "--runtime", self.ctr.runtime, "--config", str(file), container_id]
+
+        def change(spec: Spec) -> None:
+            spec["hooks"] = hooks
+
+        options = ("--detach", "--null-io") if detach else ("--rm",)
+        return run_arguments(self.ctr, self.directory, *command, change=change, options=options)
 
     @property
     def notes(self) -> list[list[str]]:

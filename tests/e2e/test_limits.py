@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,14 @@ def test_limits_are_shown_before_and_after_their_change(pod: Pod, runtime: str) 
     assert (found.limit, found.pids_limit) == (80 * MIB, 17)
 
 
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_limit_that_the_vm_has_no_room_for_is_refused(pod: Pod) -> None:
+    container = started(pod, pod.runtime, "--memory-limit", str(64 * MIB))
+    with pytest.raises(Exception, match=r"a memory limit of 1048576 MiB: the VM has \d+ MiB and cannot grow"):
+        TaskService.of(container).update({"memory": {"limit": 1 << 40}})
+    assert Statistics.of(container).limit == 64 * MIB
+
+
 @pytest.mark.kvm
 def test_a_memory_limit_that_is_lowered_holds(pod: Pod, runtime: str) -> None:
     container = started(pod, runtime)
@@ -211,6 +220,9 @@ def test_processes_are_listed_with_the_execs_that_they_are(pod: Pod, runtime: st
     assert max(found.values()) == "e1"
     assert list(found.values()).count("e1") == 1
     assert found[task.state("e1").pid] == "e1"
+    if runtime != RUNC:
+        strangers = {pid for pid in found if pid != container.pid and Path(f"/proc/{pid}").exists()}
+        assert not strangers, "who looks for these pids on the host must not find other processes"
 
 
 # -- at the same time --------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.ctr import RUNC, Ctr
-from tests.framework.pod import Pod
+from tests.framework.ctr import RUNC, Container, Ctr
+from tests.framework.pod import GROUP, Pod
+from tests.framework.sandbox import HELPERS, Sandbox
+from tests.framework.specs import Spec, run_arguments
 
 CGROUP = ("--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro")
 MIB = 1 << 20
@@ -337,3 +339,28 @@ def test_a_namespace_of_the_host_cannot_be_joined(pod: Pod, kind: str, file: str
 
     assert done.returncode == 1
     assert "a VM can share namespaces only among its own containers" in done.stderr
+
+
+@pytest.mark.usefixtures("only_our_runtime")
+def test_a_pod_is_as_expendable_as_its_most_expendable_container(ctr: Ctr, tmp_path: Path) -> None:
+    """Under Kubernetes the pause container may hardly be ended (-998), and what it is there for first of all (1000)."""
+
+    def start(score: int, **annotations: str) -> Container:
+        def change(spec: Spec) -> None:
+            spec["process"]["oomScoreAdj"] = score
+            spec["annotations"] = annotations
+
+        arguments = run_arguments(ctr, tmp_path, "sleep", "100000", change=change, options=("--detach", "--null-io"))
+        ctr(*arguments)
+        return Container(ctr, arguments[-1])
+
+    def scores() -> list[int]:
+        return [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (pause.pid, *vm)]
+
+    pause = start(-998)
+    vm = [pid for kind in HELPERS for pid in Sandbox(ctr.containerd, pause.id).pids(kind)]
+    assert scores() == [-998] * (1 + len(vm))
+    start(700, **{GROUP: pause.id})
+    assert scores() == [-998] + [700] * len(vm)
+    start(5, **{GROUP: pause.id})
+    assert scores() == [-998] + [700] * len(vm)

@@ -32,6 +32,8 @@ from tests.framework.fakes import no_descriptor_leaks, until
 Json = dict[str, Any]  # JSON of any kind
 
 NO_STDIO = StdioPaths("", "", "", terminal=False)
+ALONE: Json = {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]}
+"""The part `linux` of a spec that shares nothing with the host."""
 SPEC = VmSpec("/qemu", Path("/kernel"), Path("/image"), 1, 256, "tcg")
 SETTINGS = Settings(vm=Vm(start="boot"), timeouts=Timeouts(vmm=2, hello=2, request=2, drain=0.5))
 
@@ -226,7 +228,7 @@ class Pod:
             "ociVersion": "1.1.0",
             "root": {"path": "rootfs"},
             "process": {"args": ["sh"], "cwd": "/"},
-            "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+            "linux": ALONE,
             **changes,
         }
         (path / "config.json").write_text(json.dumps(spec))
@@ -279,4 +281,15 @@ async def pod(
         assert pod.host.nothing_left, vars(pod.host)
 
 
-__all__ = ["NO_STDIO", "SETTINGS", "Events", "FakeHost", "Json", "Pod", "pod", "settings_like", "settings_with"]
+__all__ = [
+    "ALONE",
+    "NO_STDIO",
+    "SETTINGS",
+    "Events",
+    "FakeHost",
+    "Json",
+    "Pod",
+    "pod",
+    "settings_like",
+    "settings_with",
+]

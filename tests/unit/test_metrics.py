@@ -37,8 +37,9 @@ def test_a_v2_host_sees_the_guests_own_numbers() -> None:
 
 
 def test_a_v1_host_sees_them_in_its_own_terms() -> None:
-    found = metrics.v1_metrics(FILES)
+    found = metrics.v1_metrics(FILES, 2)
     assert (found.cpu.usage.total, found.cpu.usage.user, found.cpu.usage.kernel) == (3_000_000, 2_000_000, 1_000_000)
+    assert list(found.cpu.usage.per_cpu) == [1_500_000] * 2
     assert (found.cpu.throttling.throttled_periods, found.cpu.throttling.throttled_time) == (3, 40_000)
     assert (found.memory.usage.usage, found.memory.usage.limit) == (5242880, 33554432)
     assert (found.memory.usage.max, found.memory.usage.failcnt) == (6291456, 9)
@@ -56,7 +57,7 @@ def test_a_v1_host_sees_them_in_its_own_terms() -> None:
 def test_no_limit_is_told_as_each_mode_tells_it() -> None:
     unlimited = {"memory.max": "max\n", "memory.swap.max": "max\n", "pids.max": "max\n"}
     assert metrics.v2_metrics(unlimited).memory.usage_limit == (1 << 64) - 1
-    one = metrics.v1_metrics(unlimited)
+    one = metrics.v1_metrics(unlimited, 2)
     assert (
         one.memory.usage.limit == one.memory.swap.limit == one.memory.hierarchical_memory_limit == 9223372036854771712
     )
@@ -66,13 +67,13 @@ def test_no_limit_is_told_as_each_mode_tells_it() -> None:
 def test_a_guest_without_some_controllers_gives_zeros() -> None:
     assert metrics.v2_metrics({}).memory.usage == 0
     assert not metrics.v2_metrics({}).cpu.HasField("psi")
-    assert metrics.v1_metrics({}).memory.usage.usage == 0
+    assert metrics.v1_metrics({}, 2).memory.usage.usage == 0
 
 
 @pytest.mark.parametrize(("is_v2", "name"), [(True, "io.containerd.cgroups.v2"), (False, "io.containerd.cgroups.v1")])
 def test_the_message_is_that_of_the_hosts_mode(monkeypatch: pytest.MonkeyPatch, is_v2: bool, name: str) -> None:
     monkeypatch.setattr("pymicro.shim.cgroup.is_v2", lambda: is_v2)
-    assert metrics.for_this_host(FILES).DESCRIPTOR.full_name == f"{name}.Metrics"
+    assert metrics.for_this_host(FILES, 2).DESCRIPTOR.full_name == f"{name}.Metrics"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,6 @@ def test_a_hostile_guest_gets_an_error_or_zeros_and_breaks_nothing(
     for is_v2 in (True, False):
         monkeypatch.setattr("pymicro.shim.cgroup.is_v2", lambda mode=is_v2: mode)
         try:
-            metrics.for_this_host(nonsense).SerializeToString()
+            metrics.for_this_host(nonsense, 2).SerializeToString()
         except GuestError as error:
             assert "make no sense" in str(error)

@@ -1,12 +1,14 @@
 """The life of a pod over a scripted guest: order of events, what clients are told, what is left when things fail."""
 
 import asyncio
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from datetime import UTC
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from pymicro.shim import cgroup, folder, state
+from pymicro.protos import task_pb2
+from pymicro.shim import answer, cgroup, folder, oom, state
 from pymicro.shim import container as container_module
 from pymicro.shim.errors import (
     AlreadyExists,
@@ -16,15 +18,16 @@ from pymicro.shim.errors import (
     SandboxDied,
     ShimError,
     StepTimeout,
+    Unsupported,
     WrongState,
 )
 from pymicro.shim.hypervisor.fake import HELLO, FakeGuest, Refused
-from pymicro.shim.process import Status
+from pymicro.shim.process import Status, seen_from_host
 from pymicro.shim.requests import ExecProcess, Mount, StdioPaths
 from pymicro.wire import messages
 
 from tests.framework.fakes import Fifo, asynchronous, no_descriptor_leaks, turns, until
-from tests.unit.sandbox_harness import SETTINGS, Json, Pod, pod, settings_with
+from tests.unit.sandbox_harness import ALONE, SETTINGS, Json, Pod, pod, settings_with
 
 
 @asynchronous
@@ -1082,7 +1085,7 @@ async def test_deleted_exec_has_its_exit(tmp_path: Path) -> None:
         await container.process("e1").wait()
         deleted = await container.delete_exec("e1")
         assert deleted.exit is not None
-        assert (deleted.exit.status, deleted.pid) == (2, 102)
+        assert (deleted.exit.status, deleted.pid) == (2, seen_from_host(102))
         with pytest.raises(NotFound):
             container.process("e1")
 
@@ -1154,10 +1157,157 @@ async def test_pids_name_the_anchor_and_the_execs(tmp_path: Path) -> None:
         await p.add_exec()
         await p.sandbox.start("c1", "e1")
         found = [(info.pid, info.exec_id) for info in await container.pids()]
-        assert found == [(container.anchor.pid, ""), (102, "e1")]
+        assert found == [(container.anchor.pid, ""), (seen_from_host(102), "e1")]
         await p.guest.exit(0, "c1")
         await container.init.wait()
         assert await container.pids() == []
+
+
+def test_no_process_of_the_host_has_a_pid_that_clients_are_told_of_one_in_the_guest() -> None:
+    assert seen_from_host(1) > int(Path("/proc/sys/kernel/pid_max").read_text())
+    assert seen_from_host(1 << 22) < 1 << 31, "clients keep it in 32 bits"
+
+
+@asynchronous
+async def test_a_paused_container_takes_no_exec_and_those_that_run_are_paused_with_it(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        await p.add_exec()
+        await p.sandbox.start("c1", "e1")
+        await container.pause()
+        with pytest.raises(WrongState, match="paused"):
+            await p.add_exec("e2")
+        assert [container.state(process) for process in container.processes] == [Status.PAUSED] * 2
+        await container.resume()
+        assert [container.state(process) for process in container.processes] == [Status.RUNNING] * 2
+
+
+@asynchronous
+async def test_a_pause_waits_for_an_exec_that_is_being_started_and_the_next_exec_for_the_pause(tmp_path: Path) -> None:
+    """An exec that is frozen half way would be neither started nor refused."""
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        go = {name: asyncio.Event() for name in ("exec", "pause")}
+
+        async def starts(_params: Json) -> Json:
+            await go["exec"].wait()
+            return {"pid": 7}
+
+        async def pauses(_params: Json) -> None:
+            await go["pause"].wait()
+
+        p.guest.answers.update(exec=starts, pause=pauses)
+        for name in ("e1", "e2"):
+            await p.add_exec(name)
+        first = asyncio.create_task(p.sandbox.start("c1", "e1"))
+        await until(lambda: "exec" in p.guest.methods())
+        pausing = asyncio.create_task(container.pause())
+        await asyncio.sleep(0.02)
+        assert "pause" not in p.guest.methods()
+        go["exec"].set()
+        await first
+        await until(lambda: "pause" in p.guest.methods())
+        second = asyncio.create_task(p.sandbox.start("c1", "e2"))
+        await asyncio.sleep(0.02)
+        go["pause"].set()
+        await pausing
+        with pytest.raises(WrongState, match="paused"):
+            await second
+        assert p.guest.methods().count("exec") == 1
+        await container.resume()
+        assert await p.sandbox.start("c1", "e2") == seen_from_host(7)
+
+
+@asynchronous
+async def test_an_exec_that_the_guest_does_not_start_in_time_is_not_to_run_later(tmp_path: Path) -> None:
+    async with pod(tmp_path, settings=settings_with(request=0.05)) as p:
+        await p.running()
+        await p.add_exec()
+
+        async def never(_params: Json) -> None:
+            await asyncio.sleep(60)
+
+        p.guest.answers["exec"] = never
+        with pytest.raises(StepTimeout):
+            await p.sandbox.start("c1", "e1")
+        await until(lambda: "delete" in p.guest.methods())
+        assert p.guest.requests[-1] == ("delete", {"container": "c1", "exec": "e1", "kill": True})
+
+
+@asynchronous
+async def test_a_signal_for_all_of_an_exec_is_for_the_exec(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        await p.add_exec()
+        await p.sandbox.start("c1", "e1")
+        await container.kill("e1", 15, everything=True)
+        assert p.guest.requests[-1][1] == {"container": "c1", "exec": "e1", "signal": 15, "all": False}
+
+
+@asynchronous
+async def test_limits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        for limits in ({"memory": {"limit": "much"}}, {"cpu": {"quota": [1]}}, {"cpu": 5}):
+            with pytest.raises(InvalidRequest):
+                await container.update(limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        ({"memory": {"limit": (256 << 20) + 1}}, "the VM has 256 MiB"),
+        ({"cpu": {"quota": 150_000, "period": 100_000}}, "a limit of 1.5 CPUs: the VM has 1"),
+        ({"cpu": {"quota": 100_001}}, "the VM has 1"),
+        ({"memory": {"limit": 256 << 20}, "cpu": {"quota": 100_000}}, ""),
+        ({"memory": {"limit": -1}, "cpu": {"quota": -1}}, ""),
+    ],
+)
+@asynchronous
+async def test_limits_beyond_the_vm_are_refused_unless_they_were_so_before(
+    tmp_path: Path, limits: Json, refused: str
+) -> None:
+    async with pod(tmp_path) as p:
+        large = await p.sandbox.create_container(p.request("large", linux={**ALONE, "resources": limits}))
+        await large.update(limits)
+        container = await p.running()
+        with pytest.raises(Unsupported, match=refused) if refused else nullcontext():
+            await container.update(limits)
+        assert p.guest.methods().count("update") == (1 if refused else 2)
+
+
+@asynchronous
+async def test_the_pod_is_as_expendable_as_its_most_expendable_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pod(tmp_path) as p:
+        scores: list[tuple[set[int], int]] = []
+        monkeypatch.setattr(oom, "adjust", lambda pids, score: scores.append((set(pids), score)))
+        monkeypatch.setattr("pymicro.shim.cgroup.processes", lambda _: {1, 2})
+        pids = []
+        for name, score in (("a", -998), ("b", 1000), ("c", 5), ("d", None)):
+            process = {"args": ["sh"], "cwd": "/", **({} if score is None else {"oomScoreAdj": score})}
+            container = await p.sandbox.create_container(p.request(name, process=process))
+            pids.append({container.anchor.pid})
+        assert scores == [
+            *((pids[0], -998), ({1, 2}, -998)),
+            *((pids[1], 1000), ({1, 2}, 1000)),
+            *((pids[2], 5), ({1, 2}, 1000)),
+        ]
+
+
+@asynchronous
+async def test_delete_of_the_program_knows_how_the_task_has_ended(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        container = await p.running()
+        told = task_pb2.DeleteResponse.FromString(answer.of(container.bundle))
+        assert (told.pid, told.exit_status) == (container.anchor.pid, 137)
+        await p.guest.exit(7, "c1")
+        ended = await container.init.wait()
+        await p.until_logged("exit c1 7")
+        told = task_pb2.DeleteResponse.FromString(answer.of(container.bundle))
+        assert (told.pid, told.exit_status) == (container.anchor.pid, 7)
+        assert told.exited_at.ToDatetime(UTC) == ended.at
 
 
 @asynchronous

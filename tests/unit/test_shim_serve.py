@@ -131,7 +131,7 @@ async def test_from_create_to_shutdown(directory: Path) -> None:
         assert d.containerd.topics == [f"/tasks/{word}" for word in ("create", "start", "exit", "delete")]
         assert d.nothing_left, "`delete` comes next"
         answer = (Path(d.begun.bundle) / "freed").read_bytes()
-        assert task_pb2.DeleteResponse.FromString(answer).exit_status == 137, "what it will say"
+        assert task_pb2.DeleteResponse.FromString(answer).exit_status == 5, "what it will say"
         assert d.pod.host.nothing_left
         assert d.pod.hypervisor.running == 0
         assert await asyncio.wait_for(d.running, 5), "the guard need not come"

@@ -15,6 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from pymicro.protos import runc_pb2, task_pb2, types_pb2
 from pymicro.shim import errors, serve, translate
+from pymicro.shim import service as service_module
 from pymicro.shim.errors import HostMissing, InvalidRequest
 from pymicro.shim.hypervisor.fake import Refused
 from pymicro.shim.service import SERVICES, TaskService
@@ -391,6 +392,15 @@ async def test_shutdown_while_containers_remain_does_nothing(tmp_path: Path) -> 
         assert not shutting.done(), "`delete` comes next and must find everything freed"
         service.cleaned_up.set()
         await shutting
+
+
+@asynchronous
+async def test_shutdown_answers_before_containerd_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM with much memory takes its time to end; the `delete` that follows finishes that."""
+    monkeypatch.setattr(service_module, "SHUTDOWN_LIMIT", 0.1)
+    async with shim(tmp_path) as (_, containerd, service):
+        await containerd.call("Shutdown", task_pb2.ShutdownRequest(id="c1"), Empty)
+        assert service.shutdown_requested.is_set()
 
 
 @asynchronous

@@ -19,7 +19,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymicro.protos import bootstrap_pb2, runtimeoptions_pb2, task_pb2
-from pymicro.shim import bootstrap, delete, grouping, protocol, sockets, start, state
+from pymicro.shim import answer, bootstrap, grouping, protocol, sockets, start, state
 from pymicro.shim.arguments import Arguments
 
 HEAVY = {"asyncio", "ctypes", "dataclasses", "google", "grpc", "logging", "msgspec", "pathlib", "psutil", "pyroute2"}
@@ -375,7 +375,7 @@ def program_alone(host: Host) -> Path:
 
 
 def test_delete_after_a_good_end_is_answered_without_python(host: Host) -> None:
-    delete.leave_answer(str(host.bundle))
+    answer.leave_freed(str(host.bundle))
     command: list[str | Path] = [program_alone(host), "-namespace", "ns", "-id", "c1", "-bundle", host.bundle, "delete"]
     result = subprocess.run(command, cwd=host.bundle, capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
@@ -385,7 +385,7 @@ def test_delete_after_a_good_end_is_answered_without_python(host: Host) -> None:
 @pytest.mark.parametrize("action", ["delete", "start"])
 def test_everything_else_is_pythons(host: Host, action: str) -> None:
     if action == "start":
-        delete.leave_answer(str(host.bundle))
+        answer.leave_freed(str(host.bundle))
     without = {"PATH": "/usr/bin:/bin"}
     result = subprocess.run(
         [program_alone(host), action], cwd=host.bundle, capture_output=True, env=without, check=False
@@ -409,13 +409,13 @@ def test_a_copy_of_the_program_belongs_to_the_installation_on_path(host: Host) -
 
 
 def test_answer_for_a_bundle_that_is_gone(tmp_path: Path) -> None:
-    delete.leave_answer(str(tmp_path / "gone"))
+    answer.leave_freed(str(tmp_path / "gone"))
 
 
 def test_start_forgets_the_end_of_an_earlier_pod(host: Host) -> None:
-    delete.leave_answer(str(host.bundle))
+    answer.leave_freed(str(host.bundle))
     assert host.execute("start").returncode == 0
-    assert not (host.bundle / delete.ANSWER).exists()
+    assert not (host.bundle / answer.FREED).exists()
 
 
 def running_sandbox(host: Host, containers: list[str]) -> tuple[Path, subprocess.Popen[bytes]]:
@@ -630,7 +630,7 @@ def test_log_is_opened_without_waiting_for_a_reader(tmp_path: Path, monkeypatch:
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**62), st.integers(0, 2**32 - 1))
 def test_delete_response_is_what_protobuf_writes(status: int, at_ns: int, pid: int) -> None:
-    message = task_pb2.DeleteResponse.FromString(delete.delete_response(status, at_ns, pid))
+    message = task_pb2.DeleteResponse.FromString(answer.delete_response(status, at_ns, pid))
     assert (message.exit_status, message.pid) == (status, pid)
     assert (message.exited_at.seconds, message.exited_at.nanos) == divmod(at_ns, 10**9)
 
@@ -640,7 +640,32 @@ def test_delete_response_is_what_protobuf_writes(status: int, at_ns: int, pid: i
 def test_delete_response_byte_for_byte(status: int, at_ns: int, pid: int) -> None:
     message = task_pb2.DeleteResponse(exit_status=status, pid=pid)
     message.exited_at.seconds, message.exited_at.nanos = divmod(at_ns, 10**9)
-    assert delete.delete_response(status, at_ns, pid) == message.SerializeToString()
+    assert answer.delete_response(status, at_ns, pid) == message.SerializeToString()
+
+
+def test_answer_of_a_bundle_by_what_is_known(tmp_path: Path) -> None:
+    def told() -> tuple[int, int]:
+        response = task_pb2.DeleteResponse.FromString(answer.of(str(tmp_path)))
+        return response.pid, response.exit_status
+
+    assert told() == (0, 137)
+    (tmp_path / answer.PID).write_text("nonsense")
+    assert told() == (0, 137)
+    answer.leave_pid(str(tmp_path), 5)
+    assert told() == (5, 137)
+    answer.leave_exit(str(tmp_path), 3, 10**18, 5)
+    assert told() == (5, 3)
+    answer.leave_freed(str(tmp_path))
+    assert (tmp_path / answer.FREED).read_bytes() == answer.delete_response(3, 10**18, 5)
+    answer.leave_pid(str(tmp_path), 6)
+    assert told() == (6, 137)
+    assert [path.name for path in tmp_path.iterdir()] == [answer.PID]
+
+
+def test_delete_tells_how_the_task_had_ended(host: Host) -> None:
+    answer.leave_exit(str(host.bundle), 3, 10**18, 5)
+    response = task_pb2.DeleteResponse.FromString(host.execute("delete").stdout)
+    assert (response.pid, response.exit_status, response.exited_at.seconds) == (5, 3, 10**9)
 
 
 # --- which sandbox

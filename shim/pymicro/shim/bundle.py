@@ -42,6 +42,12 @@ class Bundle(Struct, frozen=True):
         return (self.spec.get("linux") or {}).get("resources") or {}
 
     @property
+    def oom_score_adj(self) -> int | None:
+        """How willingly the kernel ends it when memory runs out, None for as willingly as the shim."""
+        score = (self.spec.get("process") or {}).get("oomScoreAdj")
+        return score if isinstance(score, int) else None
+
+    @property
     def netns_path(self) -> str:
         """The network namespace that the spec names, "" for a new one."""
         namespaces = (self.spec.get("linux") or {}).get("namespaces") or []

@@ -3,20 +3,22 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pymicro.shim import cgroup, guestmessages
+from pymicro.shim import answer, cgroup, guestmessages
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.anchor import Anchor
+from pymicro.shim.answer import KILLED
 from pymicro.shim.containerhooks import ContainerHooks
 from pymicro.shim.errors import AlreadyExists, NotFound, SandboxDied, ShimError, StepTimeout, WrongState
 from pymicro.shim.events import Publisher
 from pymicro.shim.guestmessages import result_of
-from pymicro.shim.guestspec import guest_process, guest_resources
-from pymicro.shim.process import KILLED, Process, Status
+from pymicro.shim.guestspec import Limits, guest_process, guest_resources, limits_of, require_room
+from pymicro.shim.hypervisor.base import VmSpec
+from pymicro.shim.process import Process, Status, seen_from_host
 from pymicro.shim.requests import Deleted, ExecProcess, ProcessInfo
 from pymicro.shim.streams import Streams
 from pymicro.shim.unbroken import Turns
@@ -33,6 +35,7 @@ class Pod(Protocol):
     streams: Streams
     events: Publisher
     drain_limit: float
+    vm: VmSpec
 
     async def agent(self) -> AgentClient: ...  # raises why the sandbox could not start, or SandboxDied
     async def open_stdio(self, process: Process) -> dict[str, str | None]: ...
@@ -52,6 +55,8 @@ class Container:
     anchor: Anchor = field(init=False)
     cgroups: tuple[str, ...] = ()
     guest_pid: int = 0
+    limits: Limits = field(default_factory=Limits)
+    """Those that it was created with."""
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
@@ -62,6 +67,11 @@ class Container:
     def processes(self) -> Sequence[Process]:
         """All processes, the init last: that is the order in which exits are reported."""
         return (*self.execs.values(), self.init)
+
+    def state(self, process: Process) -> Status:
+        """Return what State tells of one of its processes: with the container all that runs in it is paused."""
+        paused = process.status is Status.RUNNING and self.init.status is Status.PAUSED
+        return Status.PAUSED if paused else process.status
 
     def process(self, exec_id: str) -> Process:
         """Return the init for "", else the exec. Raises NotFound."""
@@ -119,35 +129,37 @@ class Container:
             agent = await self.pod.agent()
             tokens = await self.pod.open_stdio(process)
             process.open_stdin()
+            await self._turns.nobodys()  # one that is frozen half way would never have been started
+            self.init.require(Status.CREATED, Status.RUNNING)
             process.gate.clear()
-            reply = await agent.call(
-                "exec",
-                {
-                    "container": self.id,
-                    "exec": process.exec_id,
-                    # the request decides: clients pass the container's own process on, as with containerd's runc shim
-                    # (cmd/containerd-shim-runc-v2/process/init.go)
-                    "process": {
-                        **guest_process(self._exec_specs[process.exec_id]),
-                        "terminal": process.paths.terminal,
-                    },
-                    "terminal": process.paths.terminal,
-                    "streams": tokens,
-                },
-            )
-            started = result_of("exec", reply, guestmessages.Started)
+            started = await self._start_exec_in_guest(agent, process, tokens)
         except BaseException:
             await process.close(self.pod.streams, 0)
             process.failed_to_start()
             raise
-        process.started(started.pid)
+        process.started(seen_from_host(started.pid))
         self.pod.events.exec_started(self.id, process.exec_id, process.pid)
 
+    async def _start_exec_in_guest(
+        self, agent: AgentClient, process: Process, streams: dict[str, str | None]
+    ) -> guestmessages.Started:
+        exec_ = {"container": self.id, "exec": process.exec_id}
+        terminal = process.paths.terminal
+        # the request decides: clients pass the container's own process on, as with containerd's runc shim
+        # (cmd/containerd-shim-runc-v2/process/init.go)
+        wanted = {**guest_process(self._exec_specs[process.exec_id]), "terminal": terminal}
+        try:
+            reply = await agent.call("exec", {**exec_, "process": wanted, "terminal": terminal, "streams": streams})
+        except StepTimeout:  # it must not run later, when nobody knows of it
+            self.pod.spawn(_quietly(agent.call("delete", {**exec_, "kill": True})))
+            raise
+        return result_of("exec", reply, guestmessages.Started)
+
     def add_exec(self, request: ExecProcess) -> None:
-        """Register an exec, to be started later. Raises AlreadyExists, WrongState."""
+        """Register an exec, to be started later. Raises AlreadyExists, and WrongState, as in a paused container."""
         if request.exec_id in self.execs:
             raise AlreadyExists(f"container {self.id!r} has an exec {request.exec_id!r} already")
-        self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
+        self.init.require(Status.CREATED, Status.RUNNING)
         self.execs[request.exec_id] = Process(self.id, request.exec_id, request.stdio)
         self._exec_specs[request.exec_id] = request.spec
         self.pod.events.exec_added(self.id, request.exec_id)
@@ -180,7 +192,10 @@ class Container:
             self.anchor.end()
         process.ended(status if process.guest_status is None else process.guest_status)
         assert process.exit is not None
-        self.pod.events.exited(self.id, process.exec_id, process.pid or self.anchor.pid, process.exit)
+        pid = process.pid or self.anchor.pid
+        if process is self.init:
+            answer.leave_exit(self.bundle, process.exit.status, process.exit.at_ns, pid)
+        self.pod.events.exited(self.id, process.exec_id, pid, process.exit)
 
     async def kill(self, exec_id: str, number: int, *, everything: bool) -> None:
         """Send a signal. Raises NotFound when the process has exited, WrongState for an unstarted exec.
@@ -193,7 +208,7 @@ class Container:
             raise NotFound(f"process already finished: {process!r}")
         if exec_id:
             process.require(Status.RUNNING)
-        params = {**process.guest_id, "signal": number, "all": everything}
+        params = {**process.guest_id, "signal": number, "all": everything and not exec_id}
         try:
             agent = await self.pod.agent()
             await self._signal(agent, params)
@@ -233,6 +248,8 @@ class Container:
 
     async def _pause(self) -> None:
         self.init.require(Status.RUNNING)
+        for process in list(self.execs.values()):  # those that are being started
+            await process.gate.wait()
         await (await self.pod.agent()).call("pause", {"container": self.id})
         if self.init.status is Status.RUNNING:  # it may have been killed meanwhile
             self.init.status = Status.PAUSED
@@ -250,13 +267,13 @@ class Container:
         self.pod.events.resumed(self.id)
 
     async def pids(self) -> list[ProcessInfo]:
-        """Return all processes: the init by its anchor's pid, others by their pid in the guest."""
+        """Return all processes: the init by its anchor's pid, others by pids that no process of the host can have."""
         if self.init.status is Status.STOPPED:
             return []
         reply = await (await self.pod.agent()).call("pids", {"container": self.id})
         found = result_of("pids", reply, guestmessages.Pids)
         execs = {pid: exec_id for exec_id, pid in found.execs.items()}
-        others = [ProcessInfo(pid, execs.get(pid, "")) for pid in found.pids if pid != found.init]
+        others = [ProcessInfo(seen_from_host(pid), execs.get(pid, "")) for pid in found.pids if pid != found.init]
         return [ProcessInfo(self.anchor.pid), *others]
 
     async def resize(self, exec_id: str, width: int, height: int) -> None:
@@ -271,11 +288,14 @@ class Container:
             await (await self.pod.agent()).call("resize", {**process.guest_id, "width": width, "height": height})
 
     async def update(self, resources: dict[str, Any]) -> None:
-        """Apply new limits, those of the latest call last. Raises WrongState for a stopped container."""
+        """Apply new limits, those of the latest call last. Raises WrongState for a stopped container, Unsupported where
+        the VM is too small.
+        """
         await self._turns.take(lambda: self._update(resources))
 
     async def _update(self, resources: dict[str, Any]) -> None:
         self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
+        require_room(limits_of(resources), self.limits, self.pod.vm)
         params = {"container": self.id, "resources": guest_resources(resources)}
         await (await self.pod.agent()).call("update", params)
         cgroup.write_limits(self.cgroups, resources)
@@ -336,3 +356,9 @@ class Container:
         logger.warning("the anchor of %s was killed; killing the container", self.id)
         if self.init.status is not Status.STOPPED:
             self.pod.spawn(self.kill("", signal.SIGKILL, everything=True))
+
+
+async def _quietly(call: Awaitable[object]) -> None:
+    """Await what matters only if the guest can do it."""
+    with suppress(ShimError):
+        await call

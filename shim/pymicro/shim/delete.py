@@ -11,30 +11,18 @@ import select
 import time
 from contextlib import suppress
 
-from pymicro.shim import freeing, state
+from pymicro.shim import answer, freeing, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.grouping import sandbox_of
-from pymicro.shim.protowire import field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-KILLED = 137
-ANSWER = "freed"
-"""The file in a bundle with what `delete` is to answer. It says that nothing is left."""
 _ANSWERED_IN = 4.0
 """Seconds, from the program's beginning, in which `delete` answers, however busy the host is and however slow a hook:
 containerd kills it after five, and then keeps the bundle and may tell nobody of the end.
 """
-
-
-def delete_response(status: int, at_ns: int, pid: int = 0) -> bytes:
-    """Return a containerd.task.v2.DeleteResponse as bytes: pid = 1, exit_status = 2, exited_at = 3 (seconds = 1,
-    nanos = 2).
-    """
-    moment = field(1, at_ns // 10**9) + field(2, at_ns % 10**9)
-    return field(1, pid) + field(2, status) + field(3, moment)
 
 
 def delete(arguments: Arguments, age: float = 0.0) -> None:
@@ -59,7 +47,7 @@ def delete(arguments: Arguments, age: float = 0.0) -> None:
         os.write(2, f"pymicro: not all is freed after {_ANSWERED_IN:g} s; it goes on, as do poststop hooks\n".encode())
     elif os.waitpid(pid, 0)[1]:
         raise SystemExit(1)
-    os.write(1, delete_response(KILLED, time.time_ns()))
+    os.write(1, answer.of(arguments.bundle))
 
 
 def age_of_program() -> float:
@@ -107,15 +95,6 @@ def _free(arguments: Arguments, sandbox_id: str, directory: str, held: int) -> N
     warnings = freeing.free_recorded(directory, recorded)
     with suppress(BrokenPipeError):
         os.write(2, "".join(f"pymicro: {warning}\n" for warning in warnings).encode())
-
-
-def leave_answer(bundle: str) -> None:
-    """Spare `delete` its work: all has been freed. The bundle may be gone by now."""
-    path = os.path.join(bundle, ANSWER)
-    with suppress(OSError):
-        with open(f"{path}.new", "wb") as file:
-            file.write(delete_response(KILLED, time.time_ns()))
-        os.replace(f"{path}.new", path)
 
 
 def _sandbox_id(arguments: Arguments) -> str:

@@ -113,11 +113,15 @@ class Publisher:
             self._oom_queued.add(event.container_id)
         self._queue.put_nowait(event)
 
-    async def flush(self, limit: float) -> None:
-        """Wait until everything queued has been taken, at most `limit` seconds, then stop."""
+    async def taken(self, limit: float) -> None:
+        """Return when everything queued has been taken, or after `limit` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
                 await self._queue.join()
+
+    async def flush(self, limit: float) -> None:
+        """Wait until everything queued has been taken, at most `limit` seconds, then stop."""
+        await self.taken(limit)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task

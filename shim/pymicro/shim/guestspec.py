@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct
 from pymicro.shim.errors import InvalidRequest, Unsupported
 from pymicro.shim.hooks import Hook, parse
+from pymicro.shim.hypervisor.base import VmSpec
 from pymicro.wire.messages import GUEST_SHARE
 
 Json = dict[str, Any]
@@ -58,6 +59,8 @@ _HOST_ONLY_RESOURCES = ("blockIO", "network", "rdma")  # host devices, host inte
 _HOST_ONLY_CPU = ("cpus", "mems", "realtimePeriod", "realtimeRuntime")  # numbers of host CPUs; absent from cgroups v2
 # The guest has no swap, and cgroups v2 has neither of the others: crun would refuse them.
 _HOST_ONLY_MEMORY = ("swap", "kernel", "kernelTCP", "swappiness", "disableOOMKiller", "useHierarchy")
+_CPU_PERIOD = 100_000
+"""Microseconds in which a CPU quota holds where no period is given: the kernel's default."""
 _STEERING = ("run.oci.", "module.")
 """Annotations that tell crun to behave differently; a pod's author has no say in that."""
 
@@ -83,7 +86,7 @@ class HostHooks(Struct, frozen=True):
 
 
 class GuestPlan(Struct, frozen=True):
-    """What crun gets, and what the host does before. `dropped` names what was left out that the log should mention."""
+    """What crun gets, and what the host does before. `dropped` names what was left out, for the log."""
 
     spec: Json
     binds: tuple[Bind, ...]
@@ -120,14 +123,14 @@ def build(
         raise InvalidRequest("the spec has no process.args: the image has no command and none was given")
     share = f"{GUEST_SHARE}/{folder or container_id}"
     mounts, binds = _mounts(_objects(spec, "mounts"), share)
-    linux, dropped = _linux(_object(spec, "linux"), container_id, guest_pids or {}, host_pid)
+    linux = _linux(_object(spec, "linux"), container_id, guest_pids or {}, host_pid)
     host_hooks, guest_hooks = _hooks(_object(spec, "hooks"), hook_limit)
     guest: Json = {key: spec[key] for key in _TOP_LEVEL if key in spec}
     guest |= {"root": {**root, "path": f"{share}/rootfs"}, "process": guest_process(process), "mounts": mounts}
     guest |= {"linux": linux, "annotations": _annotations(_object(spec, "annotations"))}
     if guest_hooks:
         guest["hooks"] = guest_hooks
-    return GuestPlan(guest, binds, root_path, bool(process.get("terminal")), host_hooks, dropped)
+    return GuestPlan(guest, binds, root_path, bool(process.get("terminal")), host_hooks, _dropped(spec))
 
 
 def guest_process(process: Mapping[str, Any]) -> Json:
@@ -142,6 +145,37 @@ def guest_resources(resources: Mapping[str, Any]) -> Json:
         if section in kept:
             kept[section] = {key: value for key, value in kept[section].items() if key not in host_only}
     return kept
+
+
+class Limits(Struct, frozen=True):
+    """How much memory (bytes) and how many CPUs a container may use; 0 where that is not limited."""
+
+    memory: int = 0
+    cpus: float = 0.0
+
+
+def limits_of(resources: Mapping[str, Any]) -> Limits:
+    """Return what OCI `linux.resources` (of a spec or an update) limit. Raises InvalidRequest."""
+    memory, cpu = _object(resources, "memory"), _object(resources, "cpu")
+    quota, period = _number(cpu, "quota"), _number(cpu, "period") or _CPU_PERIOD
+    return Limits(_number(memory, "limit"), quota / period)
+
+
+def require_room(wanted: Limits, present: Limits, vm: VmSpec) -> None:
+    """Raise Unsupported where new limits are higher and more than the VM has: it cannot grow, so they would be untrue.
+
+    One that is as before may be more than that: clients send all of them, and a VM is never larger than its host.
+    """
+    if wanted.memory > max(vm.memory_mib << 20, present.memory):
+        raise Unsupported(
+            f"a memory limit of {wanted.memory >> 20} MiB: the VM has {vm.memory_mib} MiB and cannot grow; a new pod"
+            " gets one that its limits fit into"
+        )
+    if wanted.cpus > max(vm.vcpus, present.cpus):
+        raise Unsupported(
+            f"a limit of {wanted.cpus:g} CPUs: the VM has {vm.vcpus} and cannot grow; a new pod gets one that its"
+            " limits fit into"
+        )
 
 
 def _check_version(spec: Mapping[str, Any]) -> None:
@@ -188,9 +222,7 @@ def _bind(mount: Json, source: str, options: list[str], binds: list[Bind], share
     return {**mount, "type": "bind", "source": f"{share}/mounts/{name}", "options": options}
 
 
-def _linux(
-    linux: Json, container_id: str, guest_pids: Mapping[int, int], host_pid: str
-) -> tuple[Json, tuple[str, ...]]:
+def _linux(linux: Json, container_id: str, guest_pids: Mapping[int, int], host_pid: str) -> Json:
     if linux.get("netDevices"):
         raise Unsupported("linux.netDevices would move network interfaces of the host into a VM; use a CNI network")
     if (linux.get("seccomp") or {}).get("listenerPath"):
@@ -200,11 +232,25 @@ def _linux(
     guest["cgroupsPath"] = f"/pymicro/{container_id}"
     if "resources" in guest:
         guest["resources"] = guest_resources(_object(linux, "resources"))
-    dropped: list[str] = []
     if devices := _objects(linux, "devices"):
         guest["devices"] = [device for device in devices if _in_guest(device)]
-        dropped += [f"device {device.get('path')}" for device in devices if not _in_guest(device)]
-    return guest, tuple(dropped)
+    return guest
+
+
+def _dropped(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the spec asks for and the guest's lacks, by its place in the spec: devices by their paths."""
+    linux = _object(spec, "linux")
+    resources = _object(linux, "resources")
+    places = (
+        ("process", _object(spec, "process"), _HOST_ONLY_PROCESS),
+        ("linux", linux, _HOST_ONLY_LINUX),
+        ("linux.resources", resources, _HOST_ONLY_RESOURCES),
+        ("linux.resources.cpu", _object(resources, "cpu"), _HOST_ONLY_CPU),
+        ("linux.resources.memory", _object(resources, "memory"), _HOST_ONLY_MEMORY),
+    )
+    fields = [f"{place}.{key}" for place, section, keys in places for key in keys if section.get(key)]
+    devices = [device for device in _objects(linux, "devices") if not _in_guest(device)]
+    return (*fields, *(f"device {device.get('path')}" for device in devices))
 
 
 def _in_guest(device: Json) -> bool:
@@ -298,6 +344,14 @@ def _object(parent: Mapping[str, Any], key: str, *, required: bool = False) -> J
     if not isinstance(value, dict):
         raise InvalidRequest(f"the spec has no {key} section" if value is None else f"the spec's {key} is no object")
     return value
+
+
+def _number(parent: Mapping[str, Any], key: str) -> int:
+    """Return a number, 0 where there is none or a negative one: they say that there is no limit."""
+    value = parent.get(key) or 0
+    if not isinstance(value, int):
+        raise InvalidRequest(f"{key} in the resources is no number: {value!r}")
+    return max(0, value)
 
 
 def _objects(parent: Mapping[str, Any], key: str) -> list[Json]:

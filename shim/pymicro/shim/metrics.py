@@ -34,10 +34,12 @@ _V1_MEMORY = {
 """Fields of v1's MemoryStat and the lines of v2's memory.stat that count the same."""
 
 
-def for_this_host(files: Files) -> v1.Metrics | v2.Metrics:
-    """Return the statistics in the message that fits the host's cgroup mode. Raises GuestError for nonsense."""
+def for_this_host(files: Files, cpus: int) -> v1.Metrics | v2.Metrics:
+    """Return the statistics in the message that fits the host's cgroup mode; the VM has `cpus` CPUs. Raises GuestError
+    for nonsense.
+    """
     try:
-        return v2_metrics(files) if cgroup.is_v2() else v1_metrics(files)
+        return v2_metrics(files) if cgroup.is_v2() else v1_metrics(files, cpus)
     except (ValueError, TypeError, AttributeError) as error:  # the guest is not to be trusted with the form of a file
         raise GuestError(f"the guest's statistics make no sense: {error}") from error
 
@@ -74,15 +76,19 @@ def v2_metrics(files: Files) -> v2.Metrics:
     return metrics
 
 
-def v1_metrics(files: Files) -> v1.Metrics:
-    """Return the statistics as a cgroup v1 host has them; what v2 does not count (usage per CPU, paging) stays 0."""
+def v1_metrics(files: Files, cpus: int) -> v1.Metrics:
+    """Return the statistics as a cgroup v1 host has them. What v2 does not count stays 0 (paging) or is divided evenly:
+    the usage of each CPU, of which clients such as nerdctl take the number.
+    """
     cpu, events = _table(files, "cpu.stat"), _table(files, "memory.events")
+    usage = cpu.get("usage_usec", 0) * 1000
     pids_limit = _number(files, "pids.max")
     metrics = v1.Metrics(
         pids=v1.PidsStat(current=_number(files, "pids.current"), limit=0 if pids_limit == UNLIMITED else pids_limit),
         cpu=v1.CPUStat(
             usage=v1.CPUUsage(
-                total=cpu.get("usage_usec", 0) * 1000,
+                total=usage,
+                per_cpu=[usage // cpus] * cpus,
                 kernel=cpu.get("system_usec", 0) * 1000,
                 user=cpu.get("user_usec", 0) * 1000,
             ),

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from pymicro.shim import guestmessages
 from pymicro.shim.agent import AgentClient
+from pymicro.shim.answer import KILLED
 from pymicro.shim.channel.base import Channel
 from pymicro.shim.errors import NotFound, SandboxDied, WrongState
 from pymicro.shim.logbinary import LogOwner
@@ -15,8 +16,15 @@ from pymicro.shim.state import Record
 from pymicro.shim.stdio import Stdio
 from pymicro.shim.streams import Streams
 
-KILLED = 137
-"""The status of whatever ran in a VM that is gone: as if by SIGKILL."""
+_PID_MAX = 1 << 22
+"""No process has a pid that high (PID_MAX_LIMIT in the kernel's linux/threads.h)."""
+
+
+def seen_from_host(guest_pid: int) -> int:
+    """Return the pid that clients are told of a process in the guest. They may look for it on the host, as `docker top`
+    does: they must not find another process.
+    """
+    return _PID_MAX + guest_pid
 
 
 class Status(IntEnum):
@@ -148,9 +156,10 @@ class Process:
 
     async def close(self, streams: Streams, limit: float) -> None:
         """Let the outputs end, at most `limit` seconds, then close all stdio and end log binaries. Idempotent."""
-        streams.forget(self._tokens.values())
         if (stdio := self._stdio) is not None:
             await stdio.closed(limit)
+        streams.forget(self._tokens.values())
+        if stdio is not None:
             stdio.close()
             await stdio.end_log_binaries()
             self._stdio = None

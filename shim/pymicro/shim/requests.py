@@ -47,6 +47,11 @@ class Exit(Struct, frozen=True):
     status: int
     at: datetime
 
+    @property
+    def at_ns(self) -> int:
+        """Nanoseconds since the epoch; the last three digits are 0."""
+        return round(self.at.timestamp() * 10**6) * 1000
+
 
 class ProcessInfo(Struct, frozen=True):
     """One row of Pids; `exec_id` is "" for what no exec started."""

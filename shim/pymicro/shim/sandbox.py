@@ -9,8 +9,9 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from msgspec.structs import replace
-from pymicro.shim import anchor, cgroup, guestmessages, guestspec
+from pymicro.shim import anchor, answer, cgroup, guestmessages, guestspec, oom
 from pymicro.shim.agent import AgentClient
+from pymicro.shim.answer import KILLED
 from pymicro.shim.bundle import Bundle
 from pymicro.shim.container import Container
 from pymicro.shim.containerhooks import ContainerHooks
@@ -21,7 +22,7 @@ from pymicro.shim.guest import Guest
 from pymicro.shim.guestmessages import result_of
 from pymicro.shim.ignition import Ignition
 from pymicro.shim.mounting import has_device
-from pymicro.shim.process import KILLED, Process
+from pymicro.shim.process import Process
 from pymicro.shim.requests import CreateContainer, Deleted
 from pymicro.shim.state import Record
 from pymicro.shim.streams import Streams
@@ -42,11 +43,13 @@ class Sandbox:
         self.events = events
         self.streams = Streams()
         self.drain_limit = settings.timeouts.drain
+        self.vm = ignition.plan.spec
         self.containers: dict[str, Container] = {}
         self._creating: dict[str, asyncio.Task[Container]] = {}
         self._undoing: set[str] = set()
         """Of those the ones that have failed or were given up: nobody disturbs what they undo."""
         self._folders = itertools.count(1)
+        self._oom_score: int | None = None
         self._timeline = timeline
         self._timelines: dict[str, Timeline] = {}
         self._tasks: set[asyncio.Task[object]] = set()
@@ -186,7 +189,7 @@ class Sandbox:
                 f"{asked} is asked for, but process.terminal in the spec is {str(plan.terminal).lower()}"
             )
         if plan.dropped:
-            logger.debug("%s: left out of the spec: %s", request.id, ", ".join(plan.dropped))
+            logger.info("%s: left out, a VM has no part in it: %s", request.id, ", ".join(plan.dropped))
         hooks = ContainerHooks(request.id, bundle, plan.hooks, self._record, limit)
         stack.callback(self.containers.pop, request.id, None)  # the last thing: who deletes it meanwhile waits for that
         stack.push_async_callback(hooks.deleted)  # then nothing of the container is left
@@ -210,14 +213,17 @@ class Sandbox:
         mounted = timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, hooks, cgroups=groups)
+        container.limits = guestspec.limits_of(bundle.resources)
         container.anchor = anchor.start(folder.root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
+        answer.leave_pid(request.bundle, container.anchor.pid)
         self.containers[request.id] = container
 
         await hooks.creating(container.anchor.pid)
         mounted = timeline.span("hooks", mounted) if plan.hooks != guestspec.HostHooks() else mounted
         agent = await self.agent()
         up = timeline.span("wait_for_vm", mounted)
+        self._adjust_oom_scores(container.anchor.pid, bundle.oom_score_adj)
         stack.push_async_callback(self._delete_in_guest, request.id)
         terminal = request.stdio.terminal
         params = {"container": request.id, "spec": plan.spec, "terminal": terminal, "streams": streams}
@@ -226,6 +232,13 @@ class Sandbox:
         self.events.created(request, container.anchor.pid)
         process.gate.set()
         return container
+
+    def _adjust_oom_scores(self, anchor_pid: int, score: int | None) -> None:
+        """Let the pod's processes be ended as willingly as its most expendable container."""
+        if score is not None:
+            oom.adjust([anchor_pid], score)
+            self._oom_score = score if self._oom_score is None else max(self._oom_score, score)
+            oom.adjust(cgroup.processes(self._place.cgroups), self._oom_score)
 
     def _guest_pids(self) -> dict[int, int]:
         """By task pid (an anchor's, on the host) the pid of the container's init in the guest."""

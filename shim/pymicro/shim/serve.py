@@ -7,10 +7,9 @@ import signal
 import socket
 from contextlib import suppress
 
-from pymicro.shim import freeing, rootfs
+from pymicro.shim import answer, freeing, rootfs
 from pymicro.shim.config import Timeouts
 from pymicro.shim.daemon import Start
-from pymicro.shim.delete import leave_answer
 from pymicro.shim.errors import ShimError, status_code
 from pymicro.shim.events import Publisher
 from pymicro.shim.ignition import Ignition
@@ -61,14 +60,14 @@ async def serve(
     shutdown.cancel()
     unused.cancel()
     if isinstance(sandbox, Sandbox):
-        await sandbox.stop()
+        await asyncio.gather(sandbox.stop(), events.taken(EVENTS_LIMIT))  # which is not to wait for a large VM's end
     await events.flush(EVENTS_LIMIT)
     with suppress(FileNotFoundError):
         os.unlink(start.socket_path)
     nothing_left = not freeing.lives_on(record.facts)
     if nothing_left:
         rootfs.remove_tree(start.directory)
-        leave_answer(start.bundle)
+        answer.leave_freed(start.bundle)
     service.cleaned_up.set()
     await server.close(grace=1)
     with suppress(asyncio.CancelledError):

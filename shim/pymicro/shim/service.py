@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 
+SHUTDOWN_LIMIT = 2.0
+"""Seconds in which Shutdown answers."""
+
 Handler = Callable[[Any], Coroutine[Any, Any, Message]]  # takes the message type beside it in TaskService.methods()
 
 
@@ -158,7 +161,7 @@ class TaskService:
 
     async def stats(self, request: task_pb2.StatsRequest) -> task_pb2.StatsResponse:
         files = await self._sandbox.container(request.id).stats()
-        return task_pb2.StatsResponse(stats=translate.pack(metrics.for_this_host(files)))
+        return task_pb2.StatsResponse(stats=translate.pack(metrics.for_this_host(files, self._sandbox.vm.vcpus)))
 
     async def checkpoint(self, request: task_pb2.CheckpointTaskRequest) -> Empty:
         raise Unsupported(f"checkpoint of {request.id!r}: a microVM's container cannot be checkpointed")
@@ -172,9 +175,12 @@ class TaskService:
     async def shutdown(self, _request: task_pb2.ShutdownRequest) -> Empty:
         """End the shim, unless containers remain: containerd asks for each container of a pod.
 
-        The answer comes when everything is freed: containerd runs `delete` next, which must not find us half way.
+        The answer comes when everything is freed: containerd runs `delete` next, which must not find us half way. What
+        takes longer than containerd waits (three seconds; core/runtime/v2/shim.go) is left to that `delete`.
         """
         if self._idle:
             self.shutdown_requested.set()
-            await self.cleaned_up.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SHUTDOWN_LIMIT):
+                    await self.cleaned_up.wait()
         return Empty()

@@ -12,10 +12,9 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from pymicro.shim import bootstrap, freeing, lean, protocol, sockets, state
+from pymicro.shim import answer, bootstrap, freeing, lean, protocol, sockets, state
 from pymicro.shim.arguments import Arguments
 from pymicro.shim.bootstrap import Bootstrap
-from pymicro.shim.delete import ANSWER
 from pymicro.shim.grouping import joins_running_sandbox, sandbox_of
 from pymicro.shim.guard import GOOD_END, become_guard, tell
 
@@ -48,7 +47,7 @@ def start(arguments: Arguments, begun_ns: int) -> None:
         undo.callback(_remove, path)  # before the listener goes: another `start` may bind the path then
         if joins:
             raise RuntimeError(f"the sandbox {sandbox_id!r} of container {arguments.id!r} does not run")
-        _remove(ANSWER)  # of an earlier pod in this bundle
+        answer.forget(os.getcwd())
         tell(os.getcwd(), freeing.free(directory, keep_socket=True))  # a sandbox of this name that nobody deleted
         os.makedirs(directory, mode=0o700)
         undo.callback(freeing.free, directory, keep_socket=True)

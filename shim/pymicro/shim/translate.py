@@ -1,4 +1,4 @@
-"""From protobuf to our data and back: with service and events the only place that knows containerd's messages."""
+"""From protobuf to our data and back: with `service` and `forward` the only place that knows containerd's messages."""
 
 import json
 from collections.abc import Iterable
@@ -65,7 +65,7 @@ def state_response(container: Container, process: Process) -> task_pb2.StateResp
         id=process.exec_id or container.id,
         bundle=container.bundle,
         pid=process.pid or (0 if process.exec_id else container.anchor.pid),
-        status=process.status.name,
+        status=container.state(process).name,
         stdin=process.paths.stdin,
         stdout=process.paths.stdout,
         stderr=process.paths.stderr,

@@ -20,6 +20,11 @@ class Turns:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
+    async def nobodys(self) -> None:
+        """Return when it is nobody's turn."""
+        async with self._turn:
+            pass
+
     async def take(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Call `work` when it is its turn, and do what it returns unbroken. Return or raise what comes of it."""
         await self._turn.acquire()
