@@ -343,7 +343,7 @@ def test_a_namespace_of_the_host_cannot_be_joined(pod: Pod, kind: str, file: str
 
 @pytest.mark.usefixtures("only_our_runtime")
 def test_a_pod_is_as_expendable_as_its_most_expendable_container(ctr: Ctr, tmp_path: Path) -> None:
-    """Under Kubernetes the pause container may hardly be ended (-998), and what it is there for first of all (1000)."""
+    """Under Kubernetes the pause container may hardly be ended, and what it is there for perhaps first of all."""
 
     def start(score: int, **annotations: str) -> Container:
         def change(spec: Spec) -> None:
@@ -357,10 +357,10 @@ def test_a_pod_is_as_expendable_as_its_most_expendable_container(ctr: Ctr, tmp_p
     def scores() -> list[int]:
         return [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (pause.pid, *vm)]
 
-    pause = start(-998)
+    pause = start(100)
     vm = [pid for kind in HELPERS for pid in Sandbox(ctr.containerd, pause.id).pids(kind)]
-    assert scores() == [-998] * (1 + len(vm))
+    assert scores() == [100] * (1 + len(vm))
     start(700, **{GROUP: pause.id})
-    assert scores() == [-998] + [700] * len(vm)
+    assert scores() == [100] + [700] * len(vm)
     start(5, **{GROUP: pause.id})
-    assert scores() == [-998] + [700] * len(vm)
+    assert scores() == [100] + [700] * len(vm)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.framework.ctr import RUNC, Ctr
+from tests.framework.ctr import PYMICRO, RUNC, Ctr
 from tests.framework.pod import Pod
 from tests.framework.terminal import Terminal
 from tests.framework.waiting import until
@@ -45,6 +45,15 @@ def test_what_runs_on_a_terminal_knows_it(pod: Pod) -> None:
 
     assert terminal.wait() == 0
     assert terminal.output.split() == [b"yes", b"yes", b"yes", b"/dev/pts/0"]
+
+
+@pytest.mark.parametrize("runtime", [PYMICRO, RUNC])
+def test_a_terminal_that_nobody_has_open_for_a_while_goes_on(pod: Pod, runtime: str) -> None:
+    let_go = "echo before; exec </dev/null >/dev/null 2>&1; sleep 0.5; echo after >/dev/console; sleep 0.5; exit 3"
+    terminal = pod.terminal("sh", "-c", let_go, runtime=runtime)
+
+    assert terminal.wait() == 3
+    assert terminal.output.split() == [b"before", b"after"]
 
 
 def test_a_terminal_is_set_up_as_runc_sets_it_up(pod: Pod) -> None:

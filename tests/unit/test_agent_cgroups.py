@@ -1,0 +1,18 @@
+"""The guest's cgroup tree, on files that look like one."""
+
+from pathlib import Path
+
+import pytest
+from pymicro.agent import cgroups
+
+
+def test_containers_leave_the_agent_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "ROOT", str(tmp_path))
+    for group in (tmp_path, tmp_path / "pymicro"):
+        group.mkdir(exist_ok=True)
+        (group / "cgroup.controllers").write_text("cpu memory pids\n")
+    cgroups.prepare()
+    for group in (tmp_path, tmp_path / "pymicro"):
+        assert (group / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    most = int(Path("/proc/sys/kernel/threads-max").read_text())
+    assert int((tmp_path / "pymicro/pids.max").read_text()) == most - cgroups.RESERVED_THREADS
