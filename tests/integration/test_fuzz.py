@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from pymicro.agent import clock, control, handlers
+from pymicro.agent import clock, concurrency, handlers
 from pymicro.agent.control import Control
 from pymicro.agent.devices import Ports
 from pymicro.agent.reaper import Reaper
@@ -166,7 +166,7 @@ def test_the_control_connections_end_in_the_guest(
     for name in ("setup", "create", "exec"):  # these would change this host
         monkeypatch.delitem(handlers.METHODS, name)
     requests = Requests()
-    monkeypatch.setattr(control, "run_apart", requests.start)
+    monkeypatch.setattr(concurrency.spare, "run_apart", requests.start)
     monkeypatch.setattr(clock, "follow", lambda _host_ns, *, back: None)  # as would this
     messages = framed(TO_GUEST, total, SEED)
     answers = 0

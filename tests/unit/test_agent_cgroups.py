@@ -15,4 +15,6 @@ def test_containers_leave_the_agent_threads(tmp_path: Path, monkeypatch: pytest.
     for group in (tmp_path, tmp_path / "pymicro"):
         assert (group / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
     most = int(Path("/proc/sys/kernel/threads-max").read_text())
-    assert int((tmp_path / "pymicro/pids.max").read_text()) == most - cgroups.RESERVED_THREADS
+    left = most - int((tmp_path / "pymicro/pids.max").read_text())
+    threads_of_kernel = sum(1 for each in Path("/proc").glob("[0-9]*/cmdline") if not each.read_bytes())
+    assert left >= cgroups.RESERVED_THREADS + threads_of_kernel or left == most - most // 2

@@ -61,6 +61,16 @@ class Host:
         assert not self.thread.is_alive()
 
 
+def late(method: str) -> Callable[..., None]:
+    """Return what starts threads, those of a method a little later than the others."""
+
+    def run_apart(function: Callable[..., None], agent: Agent, request: Message, *more: object) -> None:
+        delay = 0.1 if request["method"] == method else 0.0
+        threading.Timer(delay, function, (agent, request, *more)).start()
+
+    return run_apart
+
+
 @pytest.fixture
 def host() -> Iterator[Host]:
     host = Host()
@@ -137,15 +147,43 @@ def test_slow_request_does_not_hold_up_others(host: Host, monkeypatch: pytest.Mo
     assert host.receive() == {"id": 1, "result": {}}
 
 
+def test_a_delete_that_follows_an_exec_at_once_keeps_it_from_running(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that was held up reads both at once: one that timed out on the host must not run."""
+    killed: list[int] = []
+
+    def launch(process: Process, *_: object) -> None:
+        process.pid = 5
+
+    monkeypatch.setattr(concurrency.spare, "run_apart", late("exec"))
+    monkeypatch.setattr(Process, "launch", launch)
+    monkeypatch.setattr(Process, "watch", lambda *_: None)
+    monkeypatch.setattr(Process, "send_signal", lambda process, _: killed.append(process.pid))
+    monkeypatch.setattr("pymicro.agent.container.write_json", lambda *_: None)
+    container = host.agent.containers["c"] = Container(host.control, Reaper(), Watcher(), "c", {})
+    start = {**EXEC, "process": {"args": ["x"]}, "streams": {}, "terminal": False}
+    host.send({"id": 1, "method": "exec", "params": start})
+    host.send({"id": 2, "method": "delete", "params": {**EXEC, "kill": True}})
+    assert host.receive() == {"id": 2, "result": {}}
+    assert "given up" in host.receive()["error"]["message"]
+    assert (killed, container.execs) == ([5], {})
+
+
+def test_nobody_is_told_of_the_exit_of_an_exec_that_was_given_up(host: Host) -> None:
+    """The host may have started another one of that id meanwhile."""
+    process = Process(host.control, host.agent.reaper, "c", "e")
+    process.unwanted = True
+    process._report(137)
+    assert process.reported.happened
+    assert "no method" in host.ask("fly", {})["error"]["message"], "nothing else was said"
+
+
 def test_a_delete_that_follows_a_create_at_once_waits_for_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Create that is given up: the container must not come into being after it was deleted."""
     done: list[str] = []
 
-    def creating_late(function: Callable[..., None], agent: Agent, request: Message, *more: object) -> None:
-        delay = 0.1 if request["method"] == "create" else 0.0
-        threading.Timer(delay, function, (agent, request, *more)).start()
-
-    monkeypatch.setattr(control, "run_apart", creating_late)
+    monkeypatch.setattr(concurrency.spare, "run_apart", late("create"))
     monkeypatch.setattr(Container, "create", lambda *_: done.append("create"))
     monkeypatch.setattr(Container, "delete", lambda *_: done.append("delete"))
     host.send({"id": 1, "method": "create", "params": {"container": "c", "spec": {}, "streams": {}, "terminal": False}})
@@ -154,18 +192,42 @@ def test_a_delete_that_follows_a_create_at_once_waits_for_it(host: Host, monkeyp
     assert done == ["create", "delete"]
 
 
-def test_a_vm_without_threads_answers_all_the_same(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workload may have taken them all; the end of this loop would be the VM's."""
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a workload have taken all threads of the VM but the spare one."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
+    spare = concurrency.Spare()
+    spare.start()
+    monkeypatch.setattr(control, "spare", spare)
+    monkeypatch.setattr("pymicro.agent.process.spare", spare)
     monkeypatch.setattr(concurrency, "start_new_thread", refuse)
-    monkeypatch.setattr(Container, "create", refuse)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_a_vm_without_threads_answers_all_the_same(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the loop that reads requests would be the VM's."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeFailed("no more of anything")
+
+    monkeypatch.setattr(Container, "create", fails)
     parameters = {"container": "c", "spec": {}, "streams": {}, "terminal": False}
     for _ in range(2):
-        assert "can't start new thread" in host.ask("create", parameters)["error"]["message"]
+        assert host.ask("create", parameters)["error"] == {"kind": messages.RUNTIME, "message": "no more of anything"}
     assert host.ask("stats", {"container": "c"})["error"]["kind"] == messages.NOT_FOUND
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_a_vm_without_threads_tells_of_exits_and_goes_on_reaping(host: Host) -> None:
+    processes = [Process(host.control, host.agent.reaper, name, None) for name in "ab"]
+    processes[0].gate.acquire()  # its Start is being answered
+    for process in processes:
+        process._take_exit(7)  # in the reaper's thread, on which the answer may depend
+    processes[0].gate.release()
+    assert [host.receive()["container"] for _ in range(2)] == ["a", "b"]
 
 
 def test_answers_that_the_host_would_not_take(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

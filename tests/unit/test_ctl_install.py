@@ -97,13 +97,52 @@ def test_an_installation_that_fails_leaves_the_one_that_is_there(here: Path, mon
     assert len(os.listdir(prefix / "releases")) == 1, "what was half done has gone"
 
 
-def test_one_from_before_there_were_releases_is_replaced(here: Path) -> None:
-    prefix = here / "opt/pymicro"
-    for part in install.PARTS:
-        (prefix / part / "bin").mkdir(parents=True)
-    (prefix / "venv/bin" / install.PROGRAMS[0]).touch()
+def test_pods_are_seen_through_a_prefix_with_a_link_in_it(here: Path) -> None:
+    (here / "data").mkdir()
+    (here / "opt").symlink_to("data")
+    prefix = installed(here)
+    shim = prefix / "venv/bin" / install.PROGRAMS[0]
+    old = shim.resolve()
+    assert "data" in old.parts
+    with process_of(shim):
+        installed(here)
+        assert old.exists()
+        with pytest.raises(InUse):
+            install.uninstall(Target(prefix, ""), purge=False)
+
+
+def test_only_one_installs_at_a_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_the_middle(*_: object) -> None:
+        with pytest.raises(InUse, match="just now"):
+            installed(here)
+        with pytest.raises(InUse, match="just now"):
+            install.uninstall(Target(here / "opt/pymicro", ""), purge=False)
+
+    monkeypatch.setattr(install, "_install_python", in_the_middle)
     installed(here)
-    assert (prefix / "share/vmlinux").read_text() == "kernel"
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_killed_while_it_makes_its_links(here: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    prefix = installed(here, "old")
+    real = install._link
+
+    def killed(link: Path, to: Path) -> None:
+        done.append(link)
+        if len(done) > 1 + steps:  # the first is within the release
+            install._unfinished(link).symlink_to(to)
+            raise KeyboardInterrupt
+        real(link, to)
+
+    done: list[Path] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(install, "_link", killed)
+        installed(here, "new")
+    assert (prefix / "share/vmlinux").read_text() == ("new" if steps else "old")
+    assert (prefix / "venv").resolve().parent == (prefix / "share").resolve().parent
+    install.uninstall(Target(prefix, ""), purge=True)
+    assert not prefix.exists()
+    assert not list((here / "local/bin").iterdir())
 
 
 @pytest.mark.parametrize("verb", ["install", "uninstall"])

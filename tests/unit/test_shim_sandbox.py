@@ -1233,6 +1233,14 @@ async def test_an_exec_that_the_guest_does_not_start_in_time_is_not_to_run_later
         await until(lambda: "delete" in p.guest.methods())
         assert p.guest.requests[-1] == ("delete", {"container": "c1", "exec": "e1", "kill": True})
 
+        exit_ = {"event": "exit", "container": "c1", "exec": "e1", "status": 137, "stdout": 0, "stderr": 0}
+        await p.guest._say(exit_)  # an agent may have said so before it heard of that
+        await until(lambda: p.sandbox.container("c1").process("e1").guest_status == 137)
+        del p.guest.answers["exec"]
+        await p.sandbox.start("c1", "e1")
+        await p.guest.exit(3, "c1", "e1")
+        assert (await p.sandbox.container("c1").process("e1").wait()).status == 3
+
 
 @asynchronous
 async def test_a_signal_for_all_of_an_exec_is_for_the_exec(tmp_path: Path) -> None:
@@ -1242,6 +1250,18 @@ async def test_a_signal_for_all_of_an_exec_is_for_the_exec(tmp_path: Path) -> No
         await p.sandbox.start("c1", "e1")
         await container.kill("e1", 15, everything=True)
         assert p.guest.requests[-1][1] == {"container": "c1", "exec": "e1", "signal": 15, "all": False}
+
+
+@asynchronous
+async def test_a_cpu_quota_is_one_of_the_period_that_was_set_before(tmp_path: Path) -> None:
+    async with pod(tmp_path) as p:
+        resources = {"cpu": {"quota": 10_000, "period": 50_000}}
+        container = await p.sandbox.create_container(p.request("c1", linux={**ALONE, "resources": resources}))
+        await container.update({"cpu": {"quota": 50_000}})
+        with pytest.raises(Unsupported, match=r"1\.2 CPUs"):
+            await container.update({"cpu": {"quota": 60_000}})
+        await container.update({"cpu": {"period": 100_000}})
+        await container.update({"cpu": {"quota": 60_000}})
 
 
 @asynchronous

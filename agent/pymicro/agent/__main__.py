@@ -5,7 +5,7 @@ import time
 BOOT_MS = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000  # before the imports: they are what it measures
 
 from pymicro.agent import boot, control, vsock  # noqa: E402
-from pymicro.agent.concurrency import log  # noqa: E402
+from pymicro.agent.concurrency import log, spare  # noqa: E402
 from pymicro.agent.devices import Ports  # noqa: E402
 from pymicro.agent.errors import summary  # noqa: E402
 from pymicro.agent.handlers import Agent  # noqa: E402
@@ -16,6 +16,7 @@ def main() -> None:
     """Run the agent. It returns when the host hangs up: then PID 1 ends, the kernel panics and the VM goes down."""
     try:
         boot.prepare()
+        spare.start()
         reaper = Reaper()
         reaper.start()
         # A VM is snapshotted while it waits in here: nothing of one pod may be known before.

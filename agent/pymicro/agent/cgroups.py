@@ -24,6 +24,8 @@ STATS_FILES = (
 SIGKILL = 9
 RESERVED_THREADS = 256
 """Threads of the VM that containers cannot take from the agent, which needs one for each request and each stream."""
+KERNEL_THREADS = 32
+"""Threads that the kernel may need for each CPU besides; they count as well."""
 
 
 def prepare() -> None:
@@ -33,7 +35,8 @@ def prepare() -> None:
         controllers = files.read_text(f"{group}/cgroup.controllers").split()
         files.write_text(f"{group}/cgroup.subtree_control", " ".join(f"+{name}" for name in controllers))
     most = int(files.read_text("/proc/sys/kernel/threads-max"))  # of the whole VM, by its memory; it binds root as well
-    files.write_text(f"{ROOT}{PARENT}/pids.max", str(max(most - RESERVED_THREADS, most // 2)))
+    reserved = RESERVED_THREADS + KERNEL_THREADS * (posix.cpu_count() or 1)
+    files.write_text(f"{ROOT}{PARENT}/pids.max", str(max(most - reserved, most // 2)))
 
 
 def groups(group: str) -> "Iterator[str]":

@@ -25,13 +25,39 @@ def start_thread(function: "Callable[..., None]", *arguments: object) -> None:
     start_new_thread(_guarded, (function, arguments))
 
 
-def run_apart(function: "Callable[..., None]", *arguments: object) -> None:
-    """Run the function in a thread of its own; in this one where the VM has no more: late is better than never."""
-    try:
-        start_thread(function, *arguments)
-    except RuntimeError as error:
-        log(f"no thread for {function}: {error}")
-        _guarded(function, arguments)
+class Spare:
+    """A thread that is there before any workload: it does, one after the other, what finds no thread of its own."""
+
+    def __init__(self) -> None:
+        self._work: list[tuple[Callable[..., None], tuple[object, ...]]] = []
+        self._lock = allocate_lock()
+        self._wanted = allocate_lock()
+        self._wanted.acquire()
+
+    def start(self) -> None:
+        start_thread(self._run)
+
+    def run_apart(self, function: "Callable[..., None]", *arguments: object) -> None:
+        """Run the function in a thread of its own, or in the spare one where the VM has no more."""
+        try:
+            start_thread(function, *arguments)
+        except RuntimeError as error:
+            log(f"no thread for {function}: {error}")
+            with self._lock:
+                self._work.append((function, arguments))
+                if self._wanted.locked():
+                    self._wanted.release()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.acquire()
+            with self._lock:
+                work, self._work = self._work, []
+            for function, arguments in work:
+                _guarded(function, arguments)
+
+
+spare = Spare()
 
 
 def _guarded(function: "Callable[..., None]", arguments: "tuple[object, ...]") -> None:

@@ -188,7 +188,8 @@ class Container:
         """Close an exec's streams and forget it."""
         process.close()
         with self._lock:
-            self.execs.pop(process.exec_id or "", None)
+            if self.execs.get(process.exec_id or "") is process:
+                del self.execs[process.exec_id or ""]
 
     def find(self, exec_id: "str | None") -> Process:
         """Return the init, or the exec of that id. Raises NotFound."""
@@ -240,8 +241,10 @@ class Container:
         """
         self._forget_memory()
         try:
-            self._crun.run("delete", "--force", self.id)
-            cgroups.remove(self._group)
+            try:
+                self._crun.run("delete", "--force", self.id)
+            finally:
+                cgroups.remove(self._group)
             if self.init.pid:
                 self.init.reported.wait(EXEC_EXIT_LIMIT)
         finally:

@@ -6,7 +6,7 @@ import time
 from _thread import allocate_lock
 
 from pymicro.agent import clock, handlers, vsock
-from pymicro.agent.concurrency import log, run_apart
+from pymicro.agent.concurrency import log, spare
 from pymicro.agent.errors import RequestError, summary
 from pymicro.wire import frames, messages
 
@@ -85,7 +85,7 @@ class Control:
             if isinstance(method, str) and method in handlers.INLINE:
                 self._answer(agent, request)
             else:
-                run_apart(self._answer, agent, request)
+                spare.run_apart(self._answer, agent, request)
 
     def _send_reply(self, reply: "dict[str, Any]") -> None:
         """Send a reply, or that it is more than the host takes: that would end the VM."""
@@ -112,7 +112,7 @@ class Control:
         try:
             result = rest() if rest else handlers.find(request["method"])(agent, request["params"])
             if callable(result):
-                run_apart(self._answer, agent, request, result)
+                spare.run_apart(self._answer, agent, request, result)
                 return
             if isinstance(result, tuple):
                 result, after = result

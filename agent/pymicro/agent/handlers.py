@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pymicro.agent.control import Control
     from pymicro.agent.devices import Ports
+    from pymicro.agent.process import Process
     from pymicro.agent.reaper import Reaper
 
     Params = dict[str, Any]
@@ -104,13 +105,18 @@ def start(agent: Agent, params: "Params") -> "Answer":
     return {}, container.init.gate.release
 
 
-def start_exec(agent: Agent, params: "Params") -> "Answer":
-    """Start a further process. Its exit, however early, is reported after the reply."""
+def start_exec(agent: Agent, params: "Params") -> "Callable[[], Answer]":
+    """Take a further process in, so that every later request finds it; return what starts it."""
     container = agent.find(params)
     if container.init.exited:
         raise WrongState("the container's init has exited")
     process = container.add_exec(checked_id(params["exec"]))
     process.gate.acquire()
+    return lambda: start_taken(container, process, params)
+
+
+def start_taken(container: Container, process: "Process", params: "Params") -> "Answer":
+    """Start a further process. Its exit, however early, is reported after the reply."""
     try:
         container.start_exec(process, params["process"], params["streams"], params["terminal"])
     except BaseException:
@@ -172,8 +178,10 @@ def delete(agent: Agent, params: "Params") -> "Result":
     container = agent.find(params)
     exec_id = params.get("exec")
     if exec_id is None:
-        agent.containers.pop(container.id, None)
-        container.delete()
+        try:
+            container.delete()
+        finally:
+            agent.containers.pop(container.id, None)
         return {}
     process = container.find(exec_id)
     if params.get("kill"):
@@ -214,7 +222,7 @@ METHODS: "dict[str, Handler]" = {
     "delete": delete,
     "release": release,
 }
-INLINE = frozenset({"create", "signal", "close_stdin", "resize"})
+INLINE = frozenset({"create", "exec", "signal", "close_stdin", "resize"})
 """Methods that never wait: run at once, in the order in which they came. The others get a thread each."""
 
 

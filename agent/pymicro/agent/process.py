@@ -7,7 +7,7 @@ from _thread import allocate_lock
 from fcntl import ioctl
 
 from pymicro.agent import console, files
-from pymicro.agent.concurrency import Event, log, run_apart, start_thread
+from pymicro.agent.concurrency import Event, log, spare, start_thread
 from pymicro.agent.errors import Invalid, NotFound
 from pymicro.agent.streams import InputPump, OutputPump, Pump
 
@@ -143,7 +143,7 @@ class Process:
 
     def _take_exit(self, status: int) -> None:
         self.exited = True
-        run_apart(self._report, status)
+        spare.run_apart(self._report, status)
 
     def _report(self, status: int) -> None:
         with self.gate:
@@ -153,7 +153,8 @@ class Process:
         while not all(pump.drained() for pump in self._outputs.values()) and time.monotonic() < deadline:
             time.sleep(DRAIN_STEP)
         counts = {name: self._outputs[name].sent if name in self._outputs else 0 for name in ("stdout", "stderr")}
-        self._send_event("exit", status=status, **counts)
+        if not self.unwanted:  # the host may have started another one of that id meanwhile
+            self._send_event("exit", status=status, **counts)
         self.reported.set()
 
     def _send_event(self, event: str, **fields: "Any") -> None:  # the fields are those of the wire's events

@@ -3,22 +3,25 @@
 Runs from the checkout, by any Python 3.11 and without other packages. What goes where:
 
     <prefix>/releases/<number>/                  one installation, whole, with the following three in it:
+    <prefix>/current                             a link to the newest release; what follows are links into it
     <prefix>/venv                                the shim and pymicroctl, with their libraries
     <prefix>/share/{vmlinux,image.erofs,*.json}  the guest's kernel and image, with their manifests
     <prefix>/bin/vhost-device-vsock              for hosts without /dev/vhost-vsock
     /usr/local/bin/                              links to the shim and to pymicroctl
     /etc/pymicro/config.toml                     the settings; a file that is there already is kept
 
-The three are links to the newest release. A pod that runs keeps the one that it began with: its shim imports from there
-until its end. The next installation removes those that nobody uses any more.
+A pod that runs keeps the release that it began with: its shim imports from there until its end. The next installation
+removes those that nobody uses any more.
 """
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,7 @@ TEMPLATES = Path("/dev/shm/pymicro-templates")  # noqa: S108  # the default of t
 MARK = ".pymicro"
 """A file that says that a prefix is ours: what lies in it may be replaced and removed."""
 PARTS = ("venv", "share", "bin")
+CURRENT = "current"
 
 SETTINGS_TEXT = """\
 # pymicro's settings. Every key has a default; docs/configuration.md explains them all.
@@ -82,30 +86,35 @@ class InUse(Exception):
 def install(target: Target, kernel: Path, image: Path, vhost_device_vsock: Path) -> None:
     """Install beside an earlier installation, which stays as it is until the new one is complete; then replace it.
 
-    Raises NotOurs, OSError and CalledProcessError.
+    Raises NotOurs, InUse, OSError and CalledProcessError.
     """
     prefix = target.path(target.prefix)
-    _take(prefix)
-    number = max((int(name) for name in _releases(prefix)), default=0) + 1
-    release = Target(target.prefix / "releases" / str(number), target.destdir)
-    staged = target.path(release.prefix)
-    _install_python(release)
-    _install_guest(staged / "share", kernel, image)
-    shutil.copytree(vhost_device_vsock, staged / "share/vhost-device-vsock", symlinks=True)
-    _link(staged / "bin/vhost-device-vsock", Path("../share/vhost-device-vsock/bin/vhost-device-vsock"))
-    for part in PARTS:
-        if (prefix / part).is_dir() and not (prefix / part).is_symlink():  # as it was before there were releases
-            shutil.rmtree(prefix / part)
-        _link(prefix / part, Path("releases", str(number), part))
-    for name in PROGRAMS:
-        _link(target.path(LINKS / name), target.prefix / "venv/bin" / name)
-    settings = target.path(SETTINGS)
-    if not settings.exists():
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(SETTINGS_TEXT.format(prefix=target.prefix))
-    for name in _releases(prefix):
-        if int(name) != number and not _users(target.prefix / "releases" / name):
-            shutil.rmtree(prefix / "releases" / name)
+    _require_ours(prefix)
+    prefix.mkdir(parents=True, exist_ok=True)
+    with _alone(prefix):
+        number = max((int(name) for name in _releases(prefix)), default=0) + 1
+        release = Target(target.prefix / "releases" / str(number), target.destdir)
+        staged = target.path(release.prefix)
+        try:
+            _install_python(release)
+            _install_guest(staged / "share", kernel, image)
+            shutil.copytree(vhost_device_vsock, staged / "share/vhost-device-vsock", symlinks=True)
+            _link(staged / "bin/vhost-device-vsock", Path("../share/vhost-device-vsock/bin/vhost-device-vsock"))
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        _link(prefix / CURRENT, Path("releases", str(number)))  # all three at once
+        for part in PARTS:
+            _link(prefix / part, Path(CURRENT, part))
+        for name in PROGRAMS:
+            _link(target.path(LINKS / name), target.prefix / "venv/bin" / name)
+        settings = target.path(SETTINGS)
+        if not settings.exists():
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(SETTINGS_TEXT.format(prefix=target.prefix))
+        for name in _releases(prefix):
+            if int(name) != number and not _users(target.prefix / "releases" / name):
+                shutil.rmtree(prefix / "releases" / name)
 
 
 def _releases(prefix: Path) -> list[str]:
@@ -114,27 +123,33 @@ def _releases(prefix: Path) -> list[str]:
     return []
 
 
-def _take(prefix: Path) -> None:
-    """Mark the prefix as ours, if it is or can be. Raises NotOurs, OSError."""
-    _require_ours(prefix)
-    prefix.mkdir(parents=True, exist_ok=True)
-    (prefix / MARK).touch()
-
-
 def _require_ours(prefix: Path) -> None:
-    shim = prefix / "venv/bin" / PROGRAMS[0]
-    if prefix.exists() and any(prefix.iterdir()) and not (prefix / MARK).exists() and not os.path.lexists(shim):
+    if prefix.exists() and any(prefix.iterdir()) and not (prefix / MARK).exists():
         raise NotOurs(
-            f"{prefix} has other things in it than pymicro, which must not be lost: give PREFIX a directory of its own"
+            f"{prefix} has other things in it than an installation of pymicro, which must not be lost: give PREFIX a"
+            " directory of its own"
         )
+
+
+@contextmanager
+def _alone(prefix: Path) -> Iterator[None]:
+    """Mark the prefix as ours and keep others from changing it meanwhile. Raises InUse, OSError."""
+    with (prefix / MARK).open("a") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"somebody else installs or removes {prefix} just now") from None
+        yield
 
 
 def _users(directory: Path) -> list[int]:
     """Return the pids of the processes whose command line names something below `directory`."""
+    wanted = [f"{path}/".encode() for path in (str(directory), os.path.realpath(directory))]
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # it has ended
-            if f"{directory}/".encode() in Path("/proc", pid, "cmdline").read_bytes() and int(pid) != os.getpid():
+            command = Path("/proc", pid, "cmdline").read_bytes()
+            if int(pid) != os.getpid() and any(path in command for path in wanted):
                 found.append(int(pid))
     return found
 
@@ -171,10 +186,14 @@ def _install_guest(share: Path, kernel: Path, image: Path) -> None:
 def _link(link: Path, to: Path) -> None:
     """Make a symbolic link, or let the one that is there point to another place, in one step."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    new = link.with_name(f".{link.name}.new")
+    new = _unfinished(link)
     new.unlink(missing_ok=True)
     new.symlink_to(to)
     new.replace(link)
+
+
+def _unfinished(link: Path) -> Path:
+    return link.with_name(f".{link.name}.new")
 
 
 def uninstall(target: Target, *, purge: bool) -> None:
@@ -184,21 +203,23 @@ def uninstall(target: Target, *, purge: bool) -> None:
     """
     prefix = target.path(target.prefix)
     _require_ours(prefix)
-    users = [] if target.destdir else [pid for part in ("releases", *PARTS) for pid in _users(prefix / part)]
-    if users:
-        raise InUse(
-            f"{len(users)} processes of pods still run from {prefix}, such as {users[0]}: end the pods first,"
-            " `pymicroctl ps` lists them"
-        )
-    for name in PROGRAMS:
-        link = target.path(LINKS / name)
-        if link.is_symlink() and link.readlink() == target.prefix / "venv/bin" / name:
-            link.unlink()
-    for part in PARTS:
-        with suppress(FileNotFoundError):
-            (prefix / part).unlink() if (prefix / part).is_symlink() else shutil.rmtree(prefix / part)
-    shutil.rmtree(prefix / "releases", ignore_errors=True)
-    (prefix / MARK).unlink(missing_ok=True)
+    with _alone(prefix) if prefix.exists() else nullcontext():
+        users = {pid for part in ("releases", *PARTS) for pid in _users(prefix / part)}
+        if users and not target.destdir:
+            raise InUse(
+                f"{len(users)} processes of pods still run from {prefix}, such as {min(users)}: end the pods first,"
+                " `pymicroctl ps` lists them"
+            )
+        for name in PROGRAMS:
+            link = target.path(LINKS / name)
+            if link.is_symlink() and link.readlink() == target.prefix / "venv/bin" / name:
+                link.unlink()
+            _unfinished(link).unlink(missing_ok=True)
+        for name in (*PARTS, CURRENT):
+            for link in (prefix / name, _unfinished(prefix / name)):
+                link.unlink(missing_ok=True)
+        shutil.rmtree(prefix / "releases", ignore_errors=True)
+        (prefix / MARK).unlink(missing_ok=True)
     with suppress(OSError):  # somebody has put something of his own there
         prefix.rmdir()
     if not target.destdir:  # no VM that runs needs them

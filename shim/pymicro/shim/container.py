@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from msgspec.structs import replace
 from pymicro.shim import answer, cgroup, guestmessages
 from pymicro.shim.agent import AgentClient
 from pymicro.shim.anchor import Anchor
@@ -56,7 +57,7 @@ class Container:
     cgroups: tuple[str, ...] = ()
     guest_pid: int = 0
     limits: Limits = field(default_factory=Limits)
-    """Those that it was created with."""
+    """Those that it was created with; the period is the latest."""
     execs: dict[str, Process] = field(default_factory=dict)
     _exec_specs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _deletion: asyncio.Task[Deleted] | None = None
@@ -295,10 +296,12 @@ class Container:
 
     async def _update(self, resources: dict[str, Any]) -> None:
         self.init.require(Status.CREATED, Status.RUNNING, Status.PAUSED)
-        require_room(limits_of(resources), self.limits, self.pod.vm)
+        wanted = limits_of(resources, self.limits)
+        require_room(wanted, self.limits, self.pod.vm)
         params = {"container": self.id, "resources": guest_resources(resources)}
         await (await self.pod.agent()).call("update", params)
         cgroup.write_limits(self.cgroups, resources)
+        self.limits = replace(self.limits, period=wanted.period)
 
     async def stats(self) -> dict[str, str]:
         """Return the texts of the container's cgroup files in the guest, by name."""

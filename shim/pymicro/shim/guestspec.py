@@ -59,8 +59,6 @@ _HOST_ONLY_RESOURCES = ("blockIO", "network", "rdma")  # host devices, host inte
 _HOST_ONLY_CPU = ("cpus", "mems", "realtimePeriod", "realtimeRuntime")  # numbers of host CPUs; absent from cgroups v2
 # The guest has no swap, and cgroups v2 has neither of the others: crun would refuse them.
 _HOST_ONLY_MEMORY = ("swap", "kernel", "kernelTCP", "swappiness", "disableOOMKiller", "useHierarchy")
-_CPU_PERIOD = 100_000
-"""Microseconds in which a CPU quota holds where no period is given: the kernel's default."""
 _STEERING = ("run.oci.", "module.")
 """Annotations that tell crun to behave differently; a pod's author has no say in that."""
 
@@ -148,17 +146,23 @@ def guest_resources(resources: Mapping[str, Any]) -> Json:
 
 
 class Limits(Struct, frozen=True):
-    """How much memory (bytes) and how many CPUs a container may use; 0 where that is not limited."""
+    """How much memory (bytes) and how many CPUs a container may use, 0 where that is not limited; and the microseconds
+    in which its CPU quota holds.
+    """
 
     memory: int = 0
     cpus: float = 0.0
+    period: int = 100_000  # the kernel's default
 
 
-def limits_of(resources: Mapping[str, Any]) -> Limits:
-    """Return what OCI `linux.resources` (of a spec or an update) limit. Raises InvalidRequest."""
+def limits_of(resources: Mapping[str, Any], present: Limits) -> Limits:
+    """Return what OCI `linux.resources` (of a spec or an update) limit. An update may leave the period as it is.
+
+    Raises InvalidRequest.
+    """
     memory, cpu = _object(resources, "memory"), _object(resources, "cpu")
-    quota, period = _number(cpu, "quota"), _number(cpu, "period") or _CPU_PERIOD
-    return Limits(_number(memory, "limit"), quota / period)
+    quota, period = _number(cpu, "quota"), _number(cpu, "period") or present.period
+    return Limits(_number(memory, "limit"), quota / period, period)
 
 
 def require_room(wanted: Limits, present: Limits, vm: VmSpec) -> None:

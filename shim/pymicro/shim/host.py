@@ -191,7 +191,10 @@ def _vhost_device_vsock(settings: Settings, why: str) -> str:
 
 
 def guest_files(settings: Settings) -> tuple[Path, Path]:
-    """Return the guest's kernel and image. Raises HostMissing that says how to make the one that is not there."""
+    """Return the guest's kernel and image, without links: an upgrade moves those while pods start (ctl/install.py).
+
+    Raises HostMissing that says how to make the one that is not there.
+    """
     kernel, image = Path(settings.paths.kernel), Path(settings.paths.image)
     for what, path, key, target in (
         ("kernel", kernel, "paths.kernel", "make kernel"),
@@ -202,7 +205,7 @@ def guest_files(settings: Settings) -> tuple[Path, Path]:
                 f"the guest {what} {path} ({key}) is missing or cannot be read: build it with `{target}`,"
                 " install everything with `make install`, or correct the path"
             )
-    return kernel, image
+    return kernel.resolve(), image.resolve()
 
 
 class Manifest(Struct, frozen=True):

@@ -124,6 +124,7 @@ class Process:
     def forget_failure(self) -> None:
         """Forget an earlier attempt to start it that failed."""
         self.exit = None
+        self.guest_status = None
         self._exited.clear()
 
     def started(self, pid: int) -> None:

@@ -213,7 +213,7 @@ class Sandbox:
         mounted = timeline.span("rootfs", begun)
 
         container = Container(request.id, request.bundle, process, self, stack, hooks, cgroups=groups)
-        container.limits = guestspec.limits_of(bundle.resources)
+        container.limits = guestspec.limits_of(bundle.resources, container.limits)
         container.anchor = anchor.start(folder.root, replace(self._place, cgroups=groups), container.anchor_died)
         stack.callback(container.anchor.end)
         answer.leave_pid(request.bundle, container.anchor.pid)
