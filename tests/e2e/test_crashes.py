@@ -1,5 +1,6 @@
 """Whoever is killed whenever: the container is reported as killed, its waiters return, and nothing of it is left."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from tests.framework.containerd import Containerd
 from tests.framework.ctr import Ctr
 from tests.framework.events import listening
 from tests.framework.leftovers import Leftovers
+from tests.framework.pod import GROUP
 from tests.framework.processes import all_processes
 from tests.framework.sandbox import ANCHOR, HELPERS, KINDS, SHIM, Sandbox, eventually
 from tests.framework.waiting import seconds
@@ -135,6 +137,44 @@ def test_what_takes_all_memory_of_the_guest_is_killed_and_nothing_else(ctr: Ctr)
 
     assert hog.returncode in {KILLED, 2}  # a failed allocation of its own is as good
     assert container.exec("echo", "well").stdout == "well\n"
+
+
+TAKE_THREADS = """
+#include <pthread.h>
+#include <unistd.h>
+static void *stay(void *unused) { for (;;) pause(); return unused; }
+int main(void) {
+    pthread_attr_t small;
+    pthread_t thread;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 65536);
+    for (;;)
+        if (pthread_create(&thread, &small, stay, NULL) != 0)
+            usleep(1000);
+}
+"""
+
+
+def test_what_takes_all_threads_of_the_guest_takes_none_of_the_agents(ctr: Ctr, tmp_path: Path) -> None:
+    """The kernel has room for so many by the VM's memory, and they count for root as well."""
+    (tmp_path / "threads.c").write_text(TAKE_THREADS)
+    subprocess.run(["gcc", "-static", "-pthread", "-o", tmp_path / "threads", tmp_path / "threads.c"], check=True)
+    first = ctr.start(*SLEEP)
+    options = ["--annotation", f"{GROUP}={first.id}", "--mount", f"type=bind,src={tmp_path},dst=/t,options=rbind:ro"]
+    hog = ctr.start("/t/threads", options=options)
+    most = int(first.exec("cat", "/proc/sys/kernel/threads-max").stdout)
+
+    def has_taken_all() -> bool:
+        return int(json.loads(ctr("tasks", "metrics", "--format", "json", hog.id).stdout)["pids"]["current"]) > most / 2
+
+    eventually(has_taken_all, "the threads are taken", 60)
+    time.sleep(2)
+
+    assert first.exec("echo", "well").stdout == "well\n"
+    hog.kill()
+    eventually(lambda: hog.status == "STOPPED", "the task is STOPPED", PROMPT)
+    assert hog.wait(PROMPT) == KILLED
+    assert first.status == "RUNNING"
 
 
 def test_all_processes_killed_at_once(ctr: Ctr, leftovers: Leftovers) -> None:

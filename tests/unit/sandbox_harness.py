@@ -141,7 +141,7 @@ class FakeHost:
         self.mounts.add(target)
         self._check("mount_rootfs")
 
-    def bind(self, source: str, target: str, *, read_only: bool) -> None:
+    def bind(self, source: str, target: str, *, read_only: bool, recursively: bool = False) -> None:
         self.binds.append((source, read_only))
         self.mounts.add(target)
         self._check("bind")

@@ -302,12 +302,31 @@ def test_all_ways_to_write_a_bind(mount: dict[str, Any], options: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "read_only"),
-    [(["ro"], True), (["rro"], True), (["ro", "rw"], False), (["rw", "ro"], True), ([], False)],
+    ("options", "read_only", "recursively"),
+    [
+        (["ro"], True, False),
+        (["rro"], True, True),
+        (["ro", "rw"], False, False),
+        (["rro", "ro"], True, False),
+        (["rw", "ro"], True, False),
+        ([], False, False),
+    ],
 )
-def test_the_last_word_decides_whether_a_bind_is_read_only(options: list[str], read_only: bool) -> None:
+def test_the_last_word_decides_whether_a_bind_is_read_only(
+    options: list[str], read_only: bool, recursively: bool
+) -> None:
     plan = plan_of(with_mount(destination="/d", type="bind", source="/s", options=["rbind", *options]))
-    assert plan.binds[0].read_only is read_only
+    assert (plan.binds[0].read_only, plan.binds[0].recursively) == (read_only, recursively)
+
+
+@pytest.mark.parametrize("of_the_cri", [True, False])
+def test_containers_of_the_cri_have_the_shared_memory_of_their_pod_which_is_the_guests(of_the_cri: bool) -> None:
+    annotations = {"io.kubernetes.cri.container-type": "container"} if of_the_cri else {}
+    shm = {"destination": "/dev/shm", "type": "bind", "source": "/run/sandboxes/p/shm", "options": ["rbind", "ro"]}
+    plan = plan_of({**with_mount(**shm), "annotations": annotations})
+    assert [bind.source for bind in plan.binds] == ([] if of_the_cri else ["/run/sandboxes/p/shm"])
+    if of_the_cri:
+        assert plan.spec["mounts"][0] == {**shm, "source": "/dev/shm"}
 
 
 @pytest.mark.parametrize(("source", "kind"), [("/sys/fs/cgroup", "cgroup"), ("/proc", "proc"), ("/sys/", "sysfs")])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def check_read_only_bind(directory: str) -> None:
         (target / "file").write_text("spoiled")
     rootfs.remove_tree(str(base / "share/c1"))
     assert (base / "volume/file").read_text() == "precious"
+
+
+def check_recursively_read_only_bind(directory: str) -> None:
+    base = Path(directory)
+    (base / "volume/below").mkdir(parents=True)
+    syscalls.mount("tmpfs", str(base / "volume/below"), "tmpfs", 0)
+    for name, recursively in (("0", False), ("1", True)):
+        target = base / "share/c1/mounts" / name
+        rootfs.bind(str(base / "volume"), str(target), read_only=True, recursively=recursively)
+        with pytest.raises(OSError, match="Read-only") if recursively else nullcontext():
+            (target / "below/file").write_text("spoiled")
+    (base / "volume/below/file").write_text("whoever mounts it keeps it as it is")
+    rootfs.remove_tree(str(base / "share/c1"))
 
 
 def check_file_and_special_file_binds(directory: str) -> None:
@@ -262,6 +276,7 @@ def check_view_of_the_guest(directory: str) -> None:
     [
         check_overlay,
         check_read_only_bind,
+        check_recursively_read_only_bind,
         check_file_and_special_file_binds,
         check_stacked_mounts,
         check_mount_at_a_target_inside,

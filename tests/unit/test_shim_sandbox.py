@@ -1253,6 +1253,21 @@ async def test_a_signal_for_all_of_an_exec_is_for_the_exec(tmp_path: Path) -> No
 
 
 @asynchronous
+async def test_a_guest_that_hangs_is_not_waited_for_by_who_asks_all_containers_of_a_host(tmp_path: Path) -> None:
+    async with pod(tmp_path, settings=settings_with(request=0.3)) as p:
+        container = await p.running()
+
+        async def never(_params: Json) -> None:
+            await asyncio.sleep(60)
+
+        p.guest.answers.update(pids=never, stats=never)
+        async with asyncio.timeout(0.25):
+            assert [info.pid for info in await container.pids()] == [container.anchor.pid]
+            with pytest.raises(StepTimeout):
+                await container.stats()
+
+
+@asynchronous
 async def test_a_cpu_quota_is_one_of_the_period_that_was_set_before(tmp_path: Path) -> None:
     async with pod(tmp_path) as p:
         resources = {"cpu": {"quota": 10_000, "period": 50_000}}

@@ -186,7 +186,7 @@ async def test_status_codes(tmp_path: Path) -> None:
         await expect(Code.FAILED_PRECONDITION, containerd.exec("e3"))
         await expect(Code.FAILED_PRECONDITION, containerd.start(exec_id="e1"))
         restore = task_pb2.CreateTaskRequest(id="c3", bundle=p.bundle("c3"), checkpoint="/var/lib/checkpoint")
-        await expect(Code.UNIMPLEMENTED, containerd.call("Create", restore, task_pb2.CreateTaskResponse))
+        await expect(Code.INVALID_ARGUMENT, containerd.call("Create", restore, task_pb2.CreateTaskResponse))
         await containerd.delete()
         await expect(Code.NOT_FOUND, containerd.delete())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from pymicro.shim import anchor, helper, netns
-from pymicro.shim.errors import HostMissing, InvalidRequest, ShimError
+from pymicro.shim.errors import HostMissing, InvalidRequest, ShimError, Unsupported
 from pymicro.shim.helper import KEPT_LINES, Helper, LogTail, watched
 from pymicro.shim.spawn import LONGEST_LINE, Place, spawn
 
@@ -212,6 +212,11 @@ def test_netns_that_does_not_exist(tmp_path: Path) -> None:
 
 
 @needs_root
+def test_netns_of_the_host_is_refused() -> None:
+    with pytest.raises(Unsupported, match="host's network namespace"), netns.pod_netns(f"/proc/{os.getpid()}/ns/net"):
+        pass
+
+
 def test_new_netns_is_not_ours_and_ours_is_kept() -> None:
     own = os.readlink("/proc/self/ns/net")
     with netns.pod_netns("") as fd:
@@ -219,9 +224,11 @@ def test_new_netns_is_not_ours_and_ours_is_kept() -> None:
         assert os.readlink("/proc/self/ns/net") == own
 
 
+@needs_root
 def test_named_netns_is_taken() -> None:
-    with netns.pod_netns("/proc/self/ns/net") as fd:
-        assert os.readlink(f"/proc/self/fd/{fd}") == os.readlink("/proc/self/ns/net")
+    with netns.pod_netns("") as named, netns.pod_netns(f"/proc/self/fd/{named}") as fd:
+        assert fd != named
+        assert os.readlink(f"/proc/self/fd/{fd}") == os.readlink(f"/proc/self/fd/{named}")
 
 
 @needs_root

@@ -37,7 +37,8 @@ class Folder(Struct, frozen=True):
         rootfs.mount_rootfs(request.rootfs or (named,), self.root)
         for wanted in plan.binds:
             source = os.path.join(request.bundle, wanted.source)
-            rootfs.bind(source, os.path.join(self.path, "mounts", wanted.name), read_only=wanted.read_only)
+            target = os.path.join(self.path, "mounts", wanted.name)
+            rootfs.bind(source, target, read_only=wanted.read_only, recursively=wanted.recursively)
 
     async def let_go(self) -> None:
         """Unmount the root filesystem as soon as nobody uses it, which writes it to its device."""

@@ -14,6 +14,7 @@ from msgspec import Struct
 from pymicro.shim.errors import InvalidRequest, Unsupported
 from pymicro.shim.hooks import Hook, parse
 from pymicro.shim.hypervisor.base import VmSpec
+from pymicro.shim.netns import HOST_NETWORK
 from pymicro.wire.messages import GUEST_SHARE
 
 Json = dict[str, Any]
@@ -52,6 +53,10 @@ _GUEST_DEVICE_PATHS = frozenset(
     f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "kmsg", "tty", "net/tun", "fuse")
 )
 
+_SHM = "/dev/shm"  # noqa: S108  # the place of POSIX's shared memory
+_CRI = "io.kubernetes.cri.container-type"
+"""The annotation of every container of the CRI."""
+
 _TOP_LEVEL = ("ociVersion", "hostname", "domainname")
 _HOST_ONLY_PROCESS = ("apparmorProfile", "selinuxLabel", "execCPUAffinity")
 _HOST_ONLY_LINUX = ("mountLabel", "intelRdt", "rootfsPropagation", "memoryPolicy")
@@ -66,12 +71,13 @@ _STEERING = ("run.oci.", "module.")
 class Bind(Struct, frozen=True):
     """A host directory or file that must appear as `mounts/<name>` in the container's part of the share.
 
-    A relative `source` is relative to the bundle.
+    A relative `source` is relative to the bundle. With `recursively` what is mounted below it is read-only as well.
     """
 
     source: str
     name: str
     read_only: bool
+    recursively: bool = False
 
 
 class HostHooks(Struct, frozen=True):
@@ -120,7 +126,7 @@ def build(
     if not process.get("args"):
         raise InvalidRequest("the spec has no process.args: the image has no command and none was given")
     share = f"{GUEST_SHARE}/{folder or container_id}"
-    mounts, binds = _mounts(_objects(spec, "mounts"), share)
+    mounts, binds = _mounts(_objects(spec, "mounts"), share, cri=_CRI in _object(spec, "annotations"))
     linux = _linux(_object(spec, "linux"), container_id, guest_pids or {}, host_pid)
     host_hooks, guest_hooks = _hooks(_object(spec, "hooks"), hook_limit)
     guest: Json = {key: spec[key] for key in _TOP_LEVEL if key in spec}
@@ -188,8 +194,10 @@ def _check_version(spec: Mapping[str, Any]) -> None:
         raise InvalidRequest(f"the spec has ociVersion {version!r}; this runtime knows 1.0 to 1.2")
 
 
-def _mounts(mounts: Sequence[Json], share: str) -> tuple[list[Json], tuple[Bind, ...]]:
-    """Return the guest's mounts and the binds that bring host files there."""
+def _mounts(mounts: Sequence[Json], share: str, *, cri: bool) -> tuple[list[Json], tuple[Bind, ...]]:
+    """Return the guest's mounts and the binds that bring host files there. A pod of the CRI has its /dev/shm in common,
+    and empty: a directory of the host's memory is bound there, in place of which the guest's own does.
+    """
     guest: list[Json] = []
     binds: list[Bind] = []
     for mount in mounts:
@@ -201,7 +209,10 @@ def _mounts(mounts: Sequence[Json], share: str) -> tuple[list[Json], tuple[Bind,
             if not source:
                 raise InvalidRequest(f"the bind mount at {destination} has no source")
             options = [option for option in options if option not in _NO_PEER]
-            guest.append(_bind(mount, source.rstrip("/") or "/", options, binds, share))
+            if cri and destination.rstrip("/") == _SHM:
+                guest.append({**mount, "type": "bind", "source": _SHM, "options": _bound(options)})
+            else:
+                guest.append(_bind(mount, source.rstrip("/") or "/", options, binds, share))
         elif kind in _GUEST_FILESYSTEMS:
             guest.append({**mount, "options": [option for option in options if option not in _NO_PEER]})
         else:
@@ -212,17 +223,20 @@ def _mounts(mounts: Sequence[Json], share: str) -> tuple[list[Json], tuple[Bind,
     return guest, tuple(binds)
 
 
+def _bound(options: list[str]) -> list[str]:
+    return options if {"bind", "rbind"} & set(options) else [*options, "rbind"]
+
+
 def _bind(mount: Json, source: str, options: list[str], binds: list[Bind], share: str) -> Json:
     if filesystem := _KERNEL_BINDS.get(source):
         options = [option for option in options if option not in ("bind", "rbind", "private", "rprivate")]
         return {**mount, "type": filesystem, "source": filesystem, "options": options}
-    if not {"bind", "rbind"} & set(options):
-        options = [*options, "rbind"]
+    options = _bound(options)
     if source == "/dev" or source in _GUEST_DEVICE_PATHS:  # the guest's own
         return {**mount, "type": "bind", "source": source, "options": options}
     name = f"m{len(binds)}"
-    read_only = [option for option in options if option in ("ro", "rw", "rro")][-1:] in (["ro"], ["rro"])
-    binds.append(Bind(source, name, read_only))
+    last = ([option for option in options if option in ("ro", "rw", "rro")] or ["rw"])[-1]
+    binds.append(Bind(source, name, last != "rw", recursively=last == "rro"))
     return {**mount, "type": "bind", "source": f"{share}/mounts/{name}", "options": options}
 
 
@@ -263,7 +277,7 @@ def _in_guest(device: Json) -> bool:
 
 
 _HOST_NAMESPACES = {
-    "network": "a VM has no part in the host's network (--net-host, --network host, hostNetwork); use a CNI network",
+    "network": HOST_NETWORK,
     "pid": "a VM has no part in the host's processes (--pid host, hostPID); vm.host_pid = \"guest\" gives it the VM's",
     "ipc": "a VM has no part in the host's System V IPC (--ipc host, hostIPC)",
     "uts": "a VM has a host name of its own (--uts host)",

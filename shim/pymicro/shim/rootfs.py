@@ -91,8 +91,10 @@ def _in_a_copy_of(namespace: str, work: Callable[[], int]) -> int:
     return result
 
 
-def bind(source: str, target: str, *, read_only: bool) -> None:
-    """Bind a host directory, file or special file at `target`, which is created to match. Raises InvalidRequest."""
+def bind(source: str, target: str, *, read_only: bool, recursively: bool = False) -> None:
+    """Bind a host directory, file or special file at `target`, which is created to match; if it is to be read-only
+    `recursively`, with all that is mounted below. Raises InvalidRequest.
+    """
     try:
         is_directory = stat.S_ISDIR(os.stat(source).st_mode)
         if is_directory:
@@ -101,6 +103,8 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         mounting.bind(source, target, sys.MS_BIND | sys.MS_REC | (sys.MS_RDONLY if read_only else 0))
+        if recursively:
+            sys.make_read_only(target)
     except OSError as error:
         raise InvalidRequest(f"cannot bind {source!r} into the container: {error.strerror}") from error
 

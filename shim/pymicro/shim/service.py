@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from pymicro.protos import task_pb2
 from pymicro.shim import metrics, translate
-from pymicro.shim.errors import NotFound, ShimError, Unsupported
+from pymicro.shim.errors import InvalidRequest, NotFound, ShimError, Unsupported
 from pymicro.shim.sandbox import Sandbox
 from pymicro.shim.unbroken import unbroken
 
@@ -102,6 +102,8 @@ class TaskService:
             container = await self._sandbox.create_container(translate.create_request(request))
         except ShimError as error:
             logger.error("cannot create %s: %s", request.id, error)  # noqa: TRY400  # it says all, to a client as well
+            if isinstance(error, Unsupported):  # containerd 2.x takes that for an older API, and asks once more
+                raise InvalidRequest(str(error)) from error
             raise
         return task_pb2.CreateTaskResponse(pid=container.anchor.pid)
 

@@ -5,6 +5,7 @@ Numbers are from the kernel's UAPI headers (linux/sched.h, linux/mount.h, linux/
 
 import ctypes
 import os
+import struct
 from typing import Final
 
 CLONE_FS: Final = 0x00000200
@@ -36,6 +37,9 @@ _OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 _AT_RECURSIVE: Final = 0x8000
 _SYS_MOVE_MOUNT: Final = 429
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+
+_SYS_MOUNT_SETATTR: Final = 442  # Linux 5.12
+_MOUNT_ATTR_RDONLY: Final = 0x1
 
 _SYS_LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_VERSION: Final = 1
@@ -97,6 +101,15 @@ def put_mounts(fd: int, target: str) -> None:
     """Mount at `target` what copy_mounts() has returned. Raises OSError."""
     flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
     _check(_libc.syscall(_SYS_MOVE_MOUNT, fd, b"", _AT_FDCWD, target.encode(), flags), f"move_mount to {target}")
+
+
+def make_read_only(path: str) -> None:
+    """Make what is mounted at and below `path` read-only. Raises OSError."""
+    attributes = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr: set, clear, propagation, userns
+    flags = ctypes.c_uint(_AT_RECURSIVE)
+    size = ctypes.c_size_t(len(attributes))
+    result = _libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, size)
+    _check(result, f"mount_setattr {path}")
 
 
 def set_parent_death_signal(signal: int) -> None:
