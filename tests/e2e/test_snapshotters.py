@@ -16,6 +16,7 @@ from tests.framework.ctr import Container, Ctr
 from tests.framework.leftovers import Leftovers, loop_files
 from tests.framework.pod import Pod
 from tests.framework.sandbox import SHIM, Sandbox
+from tests.framework.waiting import until
 
 SNAPSHOTTERS = ("overlayfs", "native", "blockfile", "erofs")
 ON_DEVICES = ("blockfile",)
@@ -62,8 +63,10 @@ def for_the_mount_manager(ctr: Ctr, snapshotter: str) -> bool:
 
 
 def start(ctr: Ctr, snapshotter: str, script: str) -> Container:
-    """Start a container of the snapshotter that runs `script`."""
-    return ctr.start("sh", "-c", script, options=["--snapshotter", snapshotter])
+    """Start a container of the snapshotter that runs `script`, which ends with WRITES; return it when that is done."""
+    container = ctr.start("sh", "-c", script, options=["--snapshotter", snapshotter])
+    until(lambda: container.exec("test", "-s", "/written").returncode == 0)
+    return container
 
 
 @pytest.mark.every_containerd
@@ -77,7 +80,7 @@ def test_what_a_container_writes_is_in_its_snapshot(ctr: Ctr, snapshotter: str) 
         assert written["new/passwd"].startswith(b"root:x:0:0")
         assert {"etc/.wh.passwd", "etc/.wh.group"} <= written.keys()
     ctr("tasks", "start", "--detach", "--null-io", container.id)
-    assert container.exec("cat", "/written").stdout == "by the container\n" * 2
+    until(lambda: container.exec("cat", "/written").stdout == "by the container\n" * 2)
     assert container.exec("ls", "/etc").stdout == ""
 
 
