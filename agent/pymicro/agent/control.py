@@ -56,7 +56,9 @@ class Control:
 
     def send(self, message: "dict[str, Any]") -> None:
         """Send one message. Raises OSError when the host is gone: then this VM ends anyway."""
-        frame = frames.encode(message)
+        self._send_frame(frames.encode(message))
+
+    def _send_frame(self, frame: bytes) -> None:
         with self._write_lock:
             vsock.send_all(self._connection, frame)
 
@@ -93,8 +95,7 @@ class Control:
         if len(frame) > frames.PREFIX_SIZE + frames.MAX_FROM_GUEST:
             text = f"the answer has {len(frame)} bytes, the host takes {frames.MAX_FROM_GUEST}"
             frame = frames.encode({"id": reply["id"], "error": {"kind": messages.INTERNAL, "message": text}})
-        with self._write_lock:
-            vsock.send_all(self._connection, frame)
+        self._send_frame(frame)
 
     def _receive(self, size: int) -> bytes:
         """Return exactly `size` bytes, or nothing at the end of the connection."""

@@ -142,9 +142,9 @@ def _alone(prefix: Path) -> Iterator[None]:
         yield
 
 
-def _users(directory: Path) -> list[int]:
-    """Return the pids of the processes whose command line names something below `directory`."""
-    wanted = [f"{path}/".encode() for path in (str(directory), os.path.realpath(directory))]
+def _users(*directories: Path) -> list[int]:
+    """Return the pids of the processes whose command line names something below one of the directories."""
+    wanted = {f"{path}/".encode() for each in directories for path in (str(each), os.path.realpath(each))}
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # it has ended
@@ -204,8 +204,7 @@ def uninstall(target: Target, *, purge: bool) -> None:
     prefix = target.path(target.prefix)
     _require_ours(prefix)
     with _alone(prefix) if prefix.exists() else nullcontext():
-        users = {pid for part in ("releases", *PARTS) for pid in _users(prefix / part)}
-        if users and not target.destdir:
+        if not target.destdir and (users := _users(*(prefix / part for part in ("releases", *PARTS)))):
             raise InUse(
                 f"{len(users)} processes of pods still run from {prefix}, such as {min(users)}: end the pods first,"
                 " `pymicroctl ps` lists them"

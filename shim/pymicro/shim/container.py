@@ -275,9 +275,8 @@ class Container:
         """Return all processes: the init by its anchor's pid, others by pids that no process of the host can have."""
         if self.init.status is Status.STOPPED:
             return []
-        agent = await self.pod.agent()
         try:
-            reply = await agent.call("pids", {"container": self.id}, agent.timeout / QUICKER)
+            reply = await self._ask("pids")
         except StepTimeout:  # containerd 2.1 and 2.2 forget a task that does not answer this when they start
             return [ProcessInfo(self.anchor.pid)]
         found = result_of("pids", reply, guestmessages.Pids)
@@ -313,9 +312,12 @@ class Container:
 
     async def stats(self) -> dict[str, str]:
         """Return the texts of the container's cgroup files in the guest, by name."""
+        return result_of("stats", await self._ask("stats"), guestmessages.Stats).files
+
+    async def _ask(self, method: str) -> dict[str, Any]:
+        """Ask the guest what others are waiting behind: see QUICKER."""
         agent = await self.pod.agent()
-        reply = await agent.call("stats", {"container": self.id}, agent.timeout / QUICKER)
-        return result_of("stats", reply, guestmessages.Stats).files
+        return await agent.call(method, {"container": self.id}, agent.timeout / QUICKER)
 
     async def delete_exec(self, exec_id: str) -> Deleted:
         """Forget a stopped or never started exec. Raises WrongState while it runs."""
